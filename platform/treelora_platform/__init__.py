@@ -1,0 +1,1 @@
+"""Ray, DeepSpeed and MLflow around `treelora`."""

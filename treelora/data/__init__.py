@@ -1,0 +1,1 @@
+"""Tasks, streams, their Parquet schema, readers and generators."""

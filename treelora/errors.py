@@ -1,0 +1,17 @@
+"""The errors that a user may see."""
+
+
+class TreeLoRAError(Exception):
+    """A mistake that the user can mend: the message names the file, row or key, the value and the remedy."""
+
+
+class ConfigError(TreeLoRAError):
+    """A configuration that can't be run."""
+
+
+class DataError(TreeLoRAError):
+    """Data that can't be used."""
+
+
+class CheckpointError(TreeLoRAError):
+    """A checkpoint that is incomplete, altered or not ours."""

@@ -1,0 +1,1 @@
+"""Scores of a model on tasks, and what they amount to over a stream."""
