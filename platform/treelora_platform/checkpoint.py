@@ -1,0 +1,134 @@
+"""Commits: everything needed to go on, written by rank 0 and read by every rank of the next attempt.
+
+A commit is a folder `checkpoints/<global step>-<unit>-<phase>/` of safetensors and JSON whose manifest, with a SHA-256 of
+every file, is written last; the folder then gets its name by one rename. What is incomplete or altered is therefore seen,
+and the commit before it is used. `ray.train.report` plays no part: its return doesn't promise that anything is on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from treelora.errors import CheckpointError
+from treelora.loop import Position
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PARTS = ("adapter", "optimizer", "method", "memory", "router")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A state that a run can go on from. Each part is a flat dict of CPU tensors; empty ones aren't stored."""
+
+    position: Position
+    adapters: tuple[str, ...] = ()
+    """Folders under `adapters/`, one for each unit trained so far."""
+    parts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+def write_commit(run_dir: Path, commit: Commit, keep: int) -> Path:
+    """Make a commit safe on disk, then delete all but the newest `keep`.
+
+    Raises:
+        CheckpointError: the disk refuses; the earlier commits are intact.
+    """
+    folder = run_dir / "checkpoints"
+    position = commit.position
+    name = f"{position.global_step:08d}-{position.unit:04d}-{'trained' if position.trained else 'step'}{position.step:06d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+        for part, tensors in commit.parts.items():
+            if tensors:
+                path = scratch / f"{part}.safetensors"
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+                _sync(path)
+        manifest = {
+            "format": FORMAT,
+            "position": asdict(position),
+            "adapters": list(commit.adapters),
+            "files": {path.name: _sha256(path) for path in sorted(scratch.iterdir())},
+        }
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _sync(scratch / MANIFEST)
+        target = folder / name
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(scratch, target)
+        _sync(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the commit of step {position.global_step} failed: {error}") from error
+    for old in list(_newest_first(run_dir))[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def newest_commit(run_dir: Path) -> tuple[Commit | None, list[str]]:
+    """The newest commit that is whole, and what was wrong with newer ones."""
+    troubles = []
+    for folder in _newest_first(run_dir):
+        try:
+            return read_commit(folder), troubles
+        except CheckpointError as error:
+            troubles.append(str(error))
+    return None, troubles
+
+
+def read_commit(folder: Path) -> Commit:
+    """Read a commit after checking every file against its manifest.
+
+    Raises:
+        CheckpointError: something is missing, altered, or of another format.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{folder}: format {manifest['format']}, this version reads {FORMAT}")
+        for name, digest in manifest["files"].items():
+            if Path(name).name != name or _sha256(folder / name) != digest:
+                raise CheckpointError(f"{folder / name}: differs from its manifest's checksum")
+        parts = {
+            part: load_file(folder / f"{part}.safetensors")
+            for part in PARTS
+            if f"{part}.safetensors" in manifest["files"]
+        }
+        return Commit(Position(**manifest["position"]), tuple(manifest["adapters"]), parts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: not a whole commit ({error})") from error
+
+
+def remove_scratch(run_dir: Path) -> None:
+    """Delete what an interrupted commit left behind."""
+    for folder in (run_dir / "checkpoints").glob(".writing-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _newest_first(run_dir: Path) -> Iterator[Path]:
+    folders = [p for p in (run_dir / "checkpoints").glob("[0-9]*") if p.is_dir()]
+    # "trained" and the next unit's first commit share a global step: unit, then phase, decide
+    return iter(sorted(folders, key=lambda p: p.name, reverse=True))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,328 @@
+"""`ExperimentConfig`: the only configuration there is.
+
+One frozen, validated object describes an experiment. The command line, the workers, MLflow and the checkpoints all
+read this object and nothing else; what can't be run is refused here, before Ray starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from treelora.errors import ConfigError
+
+Source = Literal["builtin", "parquet", "olora", "trace", "jsonl", "csv", "hf"]
+MethodName = Literal["treelora", "sequential", "frozen", "joint"]
+InferenceMode = Literal["last", "merged", "routed"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class StreamConfig(_Section):
+    """Which tasks arrive, in which order, and how many rows of each are used."""
+
+    source: Source = Field("builtin", description="Where the tasks come from: the built-in stream or an importer.")
+    path: str | None = Field(None, description="Folder, file, URI or Hugging Face id that the importer reads.")
+    order: tuple[str, ...] = Field((), description="Task names in order of arrival; empty: all that the source has.")
+    train_rows: int | None = Field(None, ge=1, description="At most this many training rows a task (seeded choice).")
+    test_rows: int | None = Field(None, ge=1, description="At most this many test rows a task, balanced over answers.")
+    seed: int = Field(0, ge=0, description="Seeds the generator of the built-in stream and the choice of rows.")
+    options: dict[str, Any] = Field({}, description="Options of the importer, such as column names.")
+
+    @field_validator("order")
+    @classmethod
+    def _no_task_twice(cls, order: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in order if order.count(name) > 1})
+        if twice:
+            raise ValueError(f"names {', '.join(map(repr, twice))} more than once; a stream holds each task once")
+        return order
+
+    @model_validator(mode="after")
+    def _path_given(self) -> StreamConfig:
+        if self.source != "builtin" and not self.path:
+            raise ValueError(f"source {self.source!r} needs `path`, the folder or file to read")
+        return self
+
+
+class ModelConfig(_Section):
+    """The pre-trained model that the stream is learnt on."""
+
+    name: str = Field("smollm2", description="`smollm2` (packaged), `tiny` (random, tests), a Hugging Face id or a folder.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Of the frozen base weights; adapters are float32.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+    random_weights: bool = Field(False, description="Build the model's shape with random weights: for speed measurements.")
+    template: str = Field("chat", description="`chat` (the model's own), `plain`, or a text that contains {prompt}.")
+    system_prompt: str | None = Field(None, description="System message for the chat template; null: the template's own.")
+    max_length: int = Field(512, ge=8, description="Longest row in tokens; prompts are cut on the left, answers never.")
+
+    @field_validator("template")
+    @classmethod
+    def _template_known(cls, template: str) -> str:
+        if template not in ("chat", "plain") and "{prompt}" not in template:
+            raise ValueError("is neither `chat` nor `plain`, nor a text that contains {prompt}")
+        return template
+
+
+class LoraSettings(_Section):
+    """The low-rank adapters (Hu et al., 2021, arXiv 2106.09685)."""
+
+    rank: int = Field(8, ge=1, description="Rank r of each adapter.")
+    alpha: float = Field(32.0, gt=0, description="Scale: the update is alpha / rank x B A.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A, while training.")
+    target_modules: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1, description="Modules that get an adapter.")
+    layers: tuple[int, ...] | None = Field(None, description="Transformer layers that get one; null: all.")
+
+
+class TreeLoRASettings(_Section):
+    """The axes of TreeLoRA (arXiv 2506.10355), all selectable."""
+
+    signature: Literal["probe_b", "gradient", "adapter_value"] = Field(
+        "probe_b", description="What a task is recognised by; `probe_b`: gradient of a zero B behind a frozen random A."
+    )
+    search: Literal["tree_lcb", "flat_lcb", "full", "random"] = Field("tree_lcb", description="How the arm is chosen (Eq. 2).")
+    tree: Literal["medoid", "agglomerative", "paper"] = Field("medoid", description="How the tree is built.")
+    penalty: Literal["none", "prox", "soft", "sign"] = Field("prox", description="The similarity penalty (Eq. 3).")
+    strength: float = Field(0.5, ge=0, description="Lambda of Eq. 3; the paper uses 0.5 for language models.")
+    start: Literal["continue", "fresh", "tree_node"] = Field("continue", description="The adapter that a task starts from.")
+    exploration: float = Field(0.25, ge=0, description="Constant c of the confidence bound.")
+    sketch_size: int = Field(64, ge=1, description="Numbers kept of each layer's signature.")
+    blocks: int = Field(1, ge=1, description="Blocks of layers that the tree's levels split on in turn.")
+    probe_batches: int = Field(4, ge=1, description="Global batches that the signature of a task is measured on.")
+
+    @model_validator(mode="after")
+    def _signature_fits_penalty(self) -> TreeLoRASettings:
+        if self.penalty in ("soft", "sign") and self.signature != "gradient":
+            raise ValueError(f"penalty {self.penalty!r} compares gradients in training; set signature to gradient")
+        return self
+
+
+class TrainSettings(_Section):
+    """Steps, batches and the optimizer (AdamW with warm-up and cosine decay, anew for each task)."""
+
+    global_batch: int = Field(8, ge=1, description="Rows a step, over all workers and accumulation.")
+    accumulation: int = Field(1, ge=1, description="Micro-batches a worker takes for one step.")
+    epochs: float | None = Field(None, gt=0, description="Passes over each task's rows; give this or `steps`.")
+    steps: int | None = Field(None, ge=1, description="Steps a task; give this or `epochs`.")
+    epochs_by_task: tuple[float, ...] = Field((), description="Passes for each task in order, where they differ.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of a task's steps with rising learning rate.")
+    min_lr: float = Field(0.1, ge=0, le=1, description="Learning rate at the end of a task, as a share of the peak.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    max_bad_steps: int = Field(3, ge=1, description="Steps with a NaN or infinite loss in a row before the run stops.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSettings:
+        given = [n for n, v in (("epochs", self.epochs), ("steps", self.steps), ("epochs_by_task", self.epochs_by_task)) if v]
+        if len(given) != 1:
+            found = "none" if not given else " and ".join(given)
+            raise ValueError(f"give exactly one of `epochs`, `steps`, `epochs_by_task`; found {found}")
+        return self
+
+
+class EngineSettings(_Section):
+    """How a step is computed."""
+
+    kind: Literal["deepspeed", "torch"] = Field("deepspeed", description="`torch`: one process, without DeepSpeed.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="What DeepSpeed ZeRO shards: 1 optimizer, 2 gradients, 3 weights.")
+    offload_optimizer: bool = Field(False, description="Keep optimizer state in host memory (stages 1 to 3).")
+    offload_weights: bool = Field(False, description="Keep sharded weights in host memory (stage 3).")
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> EngineSettings:
+        if self.offload_weights and self.zero_stage != 3:
+            raise ValueError(f"offload_weights needs zero_stage 3, not {self.zero_stage}")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        return self
+
+
+class EvaluationSettings(_Section):
+    """What is scored after every task."""
+
+    modes: tuple[InferenceMode, ...] = Field(("last", "routed"), min_length=1, description="Inference modes to score.")
+    batch_rows: int = Field(16, ge=1, description="Rows a forward pass.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest generated answer in tokens.")
+    router_layer: int = Field(8, ge=0, description="Layer of the frozen model whose mean-pooled features the router reads.")
+    router_rows: int = Field(96, ge=2, description="Training rows a task that the router is fitted on.")
+    in_context_examples: int = Field(0, ge=0, description="Solved examples put before a test prompt (method `frozen`).")
+
+
+class CheckpointSettings(_Section):
+    """When progress is committed."""
+
+    every_steps: int | None = Field(None, ge=1, description="Also commit every so many steps; null: at task ends only.")
+    keep: int = Field(2, ge=1, description="Commits kept; older ones are deleted.")
+
+
+class ClusterSettings(_Section):
+    """Workers and what each of them takes."""
+
+    workers: int = Field(1, ge=1, description="Ray Train workers.")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs that Ray reserves for a worker.")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs that Ray reserves for a worker.")
+    threads_per_worker: int | None = Field(None, ge=1, description="Torch threads; null: cpus_per_worker.")
+    max_failures: int = Field(2, ge=0, description="Restarts of the worker group after a worker died.")
+
+
+class TrackingSettings(_Section):
+    """Where MLflow keeps the record."""
+
+    uri: str | None = Field(None, description="Tracking server or database; null: sqlite beside the runs.")
+    experiment: str = Field("treelora", min_length=1, description="MLflow experiment.")
+    tags: dict[str, str] = Field({}, description="Tags of the run.")
+
+
+class ExperimentConfig(_Section):
+    """One experiment: a method learns a stream of tasks on a model."""
+
+    name: str = Field("run", min_length=1, max_length=100, description="Name of the run, unique in output_dir.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seeds weights of new adapters, the order of rows and every RNG.")
+    output_dir: str = Field("runs", description="Folder that holds the runs; on a cluster, one that all nodes see.")
+    method: MethodName = Field("treelora", description="Continual-learning method.")
+    stream: StreamConfig = StreamConfig()
+    model: ModelConfig = ModelConfig()
+    lora: LoraSettings = LoraSettings()
+    treelora: TreeLoRASettings = TreeLoRASettings()
+    train: TrainSettings = TrainSettings(steps=16)
+    engine: EngineSettings = EngineSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> ExperimentConfig:
+        share = self.cluster.workers * self.train.accumulation
+        if self.train.global_batch % share:
+            raise ValueError(
+                f"train.global_batch {self.train.global_batch} can't be dealt evenly to {self.cluster.workers} workers x "
+                f"accumulation {self.train.accumulation}; make it a multiple of {share}"
+            )
+        if self.engine.kind == "torch" and self.cluster.workers != 1:
+            raise ValueError(f"engine.kind torch runs in one process; set cluster.workers to 1, not {self.cluster.workers}")
+        if self.train.epochs_by_task and self.stream.order and len(self.train.epochs_by_task) != len(self.stream.order):
+            raise ValueError(
+                f"train.epochs_by_task has {len(self.train.epochs_by_task)} numbers for {len(self.stream.order)} tasks"
+            )
+        if self.evaluation.in_context_examples and self.method != "frozen":
+            raise ValueError(f"evaluation.in_context_examples is for method frozen, not {self.method}")
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-able plain values."""
+        return self.model_dump(mode="json")
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted keys to plain values: what MLflow records as parameters."""
+        return dict(_flatten(self.as_dict()))
+
+    def digest(self) -> str:
+        """SHA-256 of what determines the result; where it is kept, tracked and computed doesn't."""
+        plain = {k: v for k, v in self.as_dict().items() if k not in ("output_dir", "tracking", "checkpoint", "name")}
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+    def as_yaml(self) -> str:
+        """The configuration as YAML that `load_config` takes."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        return [item for key, value in tree.items() for item in _flatten(value, f"{prefix}{key}.")]
+    return [(prefix.rstrip("."), tree)]
+
+
+def load_config(path: str | Path, overrides: Annotated[list[str], "key=value"] | None = None) -> ExperimentConfig:
+    """Read a YAML file, apply dotted `key=value` overrides, and validate.
+
+    Raises:
+        ConfigError: names the file, each wrong key, its value and what would be right.
+    """
+    path = Path(path)
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file; `jobs/configs/` has recipes to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if plain is None:
+        plain = {}
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path}: holds a {type(plain).__name__}; a configuration is a mapping of keys to values")
+    for override in overrides or []:
+        _apply(plain, override)
+    return parse_config(plain, origin=str(path))
+
+
+def parse_config(plain: dict[str, Any], origin: str = "configuration") -> ExperimentConfig:
+    """Validate plain values.
+
+    Raises:
+        ConfigError: every fault in one message, a line each.
+    """
+    try:
+        return ExperimentConfig.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}:\n" + "\n".join(_explain(fault) for fault in error.errors())) from None
+
+
+def _apply(plain: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r}: write key=value, such as train.learning_rate=5e-4")
+    *parents, last = key.strip().split(".")
+    node = plain
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} holds {child!r}, not a section")
+        node = child
+    try:
+        node[last] = _plain_value(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
+
+
+def _plain_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)  # YAML 1.1 reads 1e-4 as text; people mean the number
+    return value
+
+
+def _explain(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"]) or "configuration"
+    if fault["type"] == "extra_forbidden":
+        return f"  {key}: no such key{_suggest(fault['loc'])}"
+    message = fault["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(fault["input"], dict | BaseModel) else f" (found {fault['input']!r})"
+    return f"  {key}: {message}{shown}"
+
+
+def _suggest(location: tuple[Any, ...]) -> str:
+    import difflib
+
+    section: Any = ExperimentConfig
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation
+    known = list(section.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(known)}"
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the configuration, for editors."""
+    return ExperimentConfig.model_json_schema()

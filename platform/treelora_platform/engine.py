@@ -1,0 +1,219 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3 behind `treelora.engine.Engine`. The only file that imports deepspeed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from treelora.adapters import adapter_parameters
+from treelora.engine import MOMENTS, OptimizerSpec, make_optimizer
+from treelora_platform.config import ExperimentConfig
+
+T = TypeVar("T")
+
+# A C++ extension that DeepSpeed would compile at first use, for half a minute and with a compiler that users may lack;
+# gloo moves the few megabytes of adapters well enough.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def deepspeed_config(config: ExperimentConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for an experiment.
+
+    No mixed precision is asked of DeepSpeed: the frozen weights are bfloat16 already, and the adapters stay float32.
+    """
+    engine, train = config.engine, config.train
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage == 3:
+        # adapters are smaller than a message is worth: kept whole on every rank, they cost no gathering
+        zero |= {"stage3_param_persistence_threshold": 1_000_000}
+        if engine.offload_weights:
+            zero["offload_param"] = {"device": "cpu"}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": train.global_batch // (world_size * train.accumulation),
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+class DeepSpeedEngine:
+    """A data-parallel worker of DeepSpeed. `torch.distributed` must be initialised, as Ray Train does."""
+
+    def __init__(self, module: nn.Module, spec: OptimizerSpec, config: ExperimentConfig, device: torch.device):
+        self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
+        self.stage = config.engine.zero_stage
+        self.accumulation = config.train.accumulation
+        self.autocast = device.type == "cuda" and config.model.dtype == "bfloat16"
+        optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad], spec)
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(config, self.world_size),
+            dist_init_required=False,
+        )
+        self.module = self.engine.module
+        self.parameters = adapter_parameters(self.module)
+        self._materialise_moments()
+
+    def forward_model(self) -> Callable[..., Any]:
+        """See `Engine`."""
+        if not self.autocast:
+            return self.engine
+
+        def forward(**batch: Any) -> Any:
+            with torch.autocast("cuda", torch.bfloat16):
+                return self.engine(**batch)
+
+        return forward
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """See `Engine`."""
+        self.engine.backward(loss * self.accumulation)  # DeepSpeed divides by it
+        if not last:
+            self.engine.step()  # counts the micro-batch, updates nothing
+
+    def adapter_gradients(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return {name: safe_get_full_grad(p).float() for name, p in self.parameters.items()}
+
+    def set_adapter_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """See `Engine`."""
+        for name, gradient in gradients.items():
+            safe_set_full_grad(self.parameters[name], gradient)
+
+    def step(self, lr: float) -> Tensor | float:
+        """See `Engine`."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return self.engine.get_global_grad_norm() or 0.0
+
+    def drop_gradients(self) -> None:
+        """See `Engine`."""
+        self.engine.optimizer.zero_grad()
+        self.engine.micro_steps += 1
+
+    def reset_optimizer(self) -> None:
+        """See `Engine`."""
+        for state in self._moments().values():
+            for value in state.values():
+                value.zero_()
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return {
+            name: safe_get_full_fp32_param(p) if self.stage == 3 and p.numel() != p.ds_numel else p.detach()
+            for name, p in self.parameters.items()
+        }
+
+    def write_adapter(self, state: Mapping[str, Tensor]) -> None:
+        """See `Engine`."""
+        on_device = {name: tensor.to(self.device, torch.float32) for name, tensor in state.items()}
+        self._write_module(on_device)
+        if self.stage > 0:
+            for name, tensor in on_device.items():
+                safe_set_full_fp32_param(self.parameters[name], tensor)
+
+    @contextmanager
+    def using_adapter(self, state: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """See `Engine`."""
+        if state is None:
+            yield
+            return
+        kept = {name: tensor.clone() for name, tensor in self.adapter_tensors().items()}
+        self._write_module(state)
+        try:
+            yield
+        finally:
+            self._write_module(kept)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        moments = self._moments()
+        step = float(next(iter(moments.values()))["step"])
+        if step == 0:
+            return {}
+        saved = {"step": torch.tensor([step])}
+        for name, parameter in self.parameters.items():
+            for moment in MOMENTS:
+                value = moments[parameter][moment] if self.stage == 0 else safe_get_full_optimizer_state(parameter, moment)
+                saved[f"{moment}/{name}"] = value.detach().float().cpu().clone()
+        return saved
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """See `Engine`."""
+        self.reset_optimizer()
+        if not state:
+            return
+        moments = self._moments()
+        for name, parameter in self.parameters.items():
+            for moment in MOMENTS:
+                value = state[f"{moment}/{name}"].to(self.device)
+                if self.stage == 0:
+                    moments[parameter][moment].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, moment)
+        for own in moments.values():
+            own["step"].copy_(state["step"].reshape(()))
+
+    def all_reduce(self, tensor: Tensor, mean: bool = False) -> Tensor:
+        """See `Engine`."""
+        reduced = tensor.detach().clone()
+        dist.all_reduce(reduced)
+        return reduced / self.world_size if mean else reduced
+
+    def broadcast(self, value: T) -> T:
+        """See `Engine`."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """See `Engine`."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def _materialise_moments(self) -> None:
+        # ZeRO links its shards of the moments at the first step; a zero gradient at rate zero changes no weight
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        for micro in range(self.accumulation):
+            logits = self.forward_model()(input_ids=token, attention_mask=torch.ones_like(token)).logits
+            self.backward(logits.float().sum() * 0.0, last=micro == self.accumulation - 1)
+        self.step(0.0)
+        self.reset_optimizer()
+
+    def _moments(self) -> dict[Any, dict[str, Tensor]]:
+        optimizer = self.engine.optimizer
+        return getattr(optimizer, "optimizer", optimizer).state
+
+    def _write_module(self, state: Mapping[str, Tensor]) -> None:
+        parameters = [self.parameters[name] for name in state]
+        with self._gathered(parameters):
+            for parameter, tensor in zip(parameters, state.values(), strict=True):
+                parameter.data.copy_(tensor)
+
+    def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        if self.stage < 3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)

@@ -1,0 +1,176 @@
+"""What a run amounts to, in a few numbers, and several runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from treelora.errors import DataError
+from treelora_platform.run_tables import read_config_yaml, read_run_json, read_scores, read_steps, read_tasks
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class ModeSummary:
+    """Percent, of one way of inference; None where the cells that a number needs were not measured.
+
+    `op`: larger is better. `bwt`: what was forgotten, smaller is better (arXiv 2506.10355). `fwt`: larger is
+    better.
+    """
+
+    op: float | None
+    bwt: float | None
+    fwt: float | None = None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """`seconds` and `tokens` are of training, `stored_bytes` of all adapters and of the task memory."""
+
+    name: str
+    method: str
+    modes: dict[str, ModeSummary]
+    seconds: float
+    tokens: int
+    tokens_per_second: float | None
+    stored_bytes: int
+    tasks: tuple[str, ...]
+
+
+def summarise(run_dir: Path) -> RunSummary:
+    """Read the tables of a run, finished or not, and sum them up.
+
+    OP and BWT are those after the last task for which a mode's column is complete.
+
+    Raises:
+        DataError: there is no run in the directory, or one of its files is damaged.
+    """
+    run, config = read_run_json(run_dir), read_config_yaml(run_dir)
+    scores, tasks = read_scores(run_dir), read_tasks(run_dir)
+    steps = read_steps(run_dir, columns=["task", "step_seconds", "tokens"])
+    if not (run or config or scores.num_rows or tasks.num_rows or steps.num_rows):
+        raise DataError(f"{run_dir}: holds no run; give the folder that has run.json and tables/")
+    seconds = float(pc.sum(steps["step_seconds"]).as_py() or 0.0)
+    tokens = int(pc.sum(steps["tokens"]).as_py() or 0)
+    return RunSummary(
+        name=str(run.get("name") or config.get("name") or run_dir.name),
+        method=str(config.get("method", "unknown")),
+        modes={mode: summarise_mode(scores, mode) for mode in modes_of(scores)},
+        seconds=seconds,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds if seconds > 0 else None,
+        stored_bytes=_stored_bytes(tasks),
+        tasks=tuple(tasks["task"].to_pylist()) or tuple(dict.fromkeys(steps["task"].to_pylist())),
+    )
+
+
+def modes_of(scores: pa.Table) -> list[str]:
+    """Ways of inference in a table of scores, in order of their first row."""
+    return list(dict.fromkeys(scores["mode"].to_pylist()))
+
+
+def summarise_mode(scores: pa.Table, mode: str) -> ModeSummary:
+    """OP, BWT and FWT of one way of inference; OP of a model that was not trained is its mean score."""
+    from treelora.evaluation.matrix import (
+        backward_transfer,
+        baseline_from_table,
+        forward_transfer,
+        matrix_from_table,
+        overall_performance,
+    )
+
+    matrix, baseline = matrix_from_table(scores, mode), baseline_from_table(scores, mode)
+    complete = [n for n in range(1, len(matrix) + 1) if np.isfinite(matrix[:n, n - 1]).all()]
+    fwt = forward_transfer(matrix, baseline)
+    if not complete:
+        return ModeSummary(float(baseline.mean()) if np.isfinite(baseline).all() else None, None, None)
+    n = complete[-1]
+    bwt = backward_transfer(matrix, n) if np.isfinite(matrix.diagonal()[:n]).all() else None
+    return ModeSummary(overall_performance(matrix, n), bwt, fwt if np.isfinite(fwt) else None)
+
+
+def render_comparison(summaries: Sequence[RunSummary]) -> Table:
+    """Runs side by side for the terminal: a column a run, a row a number; the best of a score in bold.
+
+    Raises:
+        DataError: there is nothing to compare.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    if not summaries:
+        raise DataError("nothing to compare; give at least one run")
+    table = Table(title="Runs side by side", pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for summary in summaries:
+        table.add_column(Text(f"{summary.name}\n{summary.method}"), justify="right")
+    for label, values, best in _comparison(summaries):
+        marked = {i for i, value in enumerate(values) if best is not None and value == best}
+        cells = [Text(value, "bold" if i in marked else "") for i, value in enumerate(values)]
+        table.add_row(Text(label), *cells)
+    return table
+
+
+def comparison_rows(summaries: Sequence[RunSummary]) -> list[tuple[str, list[str]]]:
+    """Label and one text a run, as `render_comparison` and the report show them."""
+    return [(label, values) for label, values, _ in _comparison(summaries)]
+
+
+def _comparison(summaries: Sequence[RunSummary]) -> list[tuple[str, list[str], str | None]]:
+    rows: list[tuple[str, list[str], str | None]] = []
+    modes = list(dict.fromkeys(mode for summary in summaries for mode in summary.modes))
+    for mode in modes:
+        found = [summary.modes.get(mode, ModeSummary(None, None)) for summary in summaries]
+        for label, values, better in (
+            (f"OP {mode} (%)", [m.op for m in found], max),
+            (f"BWT {mode} (points)", [m.bwt for m in found], min),
+            (f"FWT {mode} (points)", [m.fwt for m in found], max),
+        ):
+            measured = [v for v in values if v is not None]
+            if measured:
+                best = _number(better(measured)) if len(measured) > 1 else None
+                rows.append((label, [_number(v) for v in values], best))
+    rows += [
+        ("tasks learnt", [str(len(s.tasks)) for s in summaries], None),
+        ("training time", [format_seconds(s.seconds) for s in summaries], None),
+        ("tokens trained on", [f"{s.tokens:,}" for s in summaries], None),
+        ("tokens per second", [_number(s.tokens_per_second) for s in summaries], None),
+        ("stored", [format_bytes(s.stored_bytes) for s in summaries], None),
+    ]
+    return rows
+
+
+def format_seconds(seconds: float) -> str:
+    """`42.0 s`, `3 min 05 s` or `2 h 07 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_bytes(count: float) -> str:
+    """With a binary prefix: `512 B`, `1.5 KiB`, `3.2 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _stored_bytes(tasks: pa.Table) -> int:
+    # every task adds an adapter, whereas the memory's size is that of the whole after each task
+    adapters = int(pc.sum(tasks["adapter_bytes"]).as_py() or 0)
+    memory = [size for size in tasks["memory_bytes"].to_pylist() if size is not None]
+    return adapters + (memory[-1] if memory else 0)

@@ -1,0 +1,174 @@
+"""LoRA adapters on peft: attach, read, start, merge, and the bank of one adapter a task.
+
+An adapter's state is a dict of peft's own tensor names (as in `adapter_model.safetensors`) to float32 CPU tensors.
+Shapes: r rank, N tasks, A [r, in], B [out, r].
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from treelora.errors import CheckpointError, ConfigError
+
+AdapterState = dict[str, Tensor]
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Shape of the adapters (Hu et al., 2021, arXiv 2106.09685): the update of a weight is alpha / rank x B A."""
+
+    rank: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    layers: tuple[int, ...] | None = None
+
+
+def attach_lora(model: nn.Module, spec: LoraSpec, seed: int) -> Any:
+    """Put adapters on a frozen model and start them from the shared seeded A and zero B.
+
+    Returns:
+        The `peft.PeftModel`; its LoRA parameters are float32, whatever the base weights are.
+
+    Raises:
+        ConfigError: no module of the model bears one of the target names.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=spec.rank,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]
+        lora_dropout=spec.dropout,
+        target_modules=list(spec.target_modules),
+        layers_to_transform=list(spec.layers) if spec.layers is not None else None,
+    )
+    try:
+        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    except ValueError as error:
+        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ConfigError(
+            f"lora.target_modules {list(spec.target_modules)}: not in this model; it has {', '.join(names)}"
+        ) from error
+    for name, parameter in adapter_parameters(adapted).items():
+        parameter.data = parameter.data.float()
+        parameter.data.copy_(fresh_tensor(name, parameter.shape, seed))
+    return adapted
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable LoRA parameters in model order, by the names that peft saves them under."""
+    return {
+        name.replace(f".{ADAPTER}.weight", ".weight"): parameter
+        for name, parameter in model.named_parameters()
+        if f".{ADAPTER}.weight" in name and ("lora_A" in name or "lora_B" in name)
+    }
+
+
+def fresh_tensor(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """Where every adapter starts: B zero; A uniform as in peft, but the same for every task, worker and session.
+
+    One A for all tasks keeps their gradients with respect to B in one space, so that they can be compared.
+    """
+    if ".lora_B." in name:
+        return torch.zeros(tuple(shape))
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + _stable_hash(name)) % 2**63)
+    bound = 1 / math.sqrt(shape[1])  # kaiming_uniform with a = sqrt(5), as peft and nn.Linear
+    return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
+
+
+def layer_of(name: str) -> str:
+    """The adapted module that a tensor of an adapter belongs to."""
+    return name.split(".lora_")[0]
+
+
+def layer_names(names: Sequence[str]) -> list[str]:
+    """The adapted modules, once each, in order: TreeLoRA's layers."""
+    return list(dict.fromkeys(layer_of(name) for name in names))
+
+
+def mean_adapter(states: Sequence[Mapping[str, Tensor]]) -> AdapterState:
+    """The rank-r adapter nearest to the mean of the updates B_i A_i, by QR and a small SVD.
+
+    The mean has rank N r. With Q_b R_b = [B_1 .. B_N] / N and Q_a R_a = [A_1; ..; A_N]^T, the singular values of the
+    mean are those of the (N r, N r) matrix R_b R_a^T, so no (out, in) matrix is ever formed. Truncation to r keeps the
+    best Frobenius approximation (Eckart and Young, 1936).
+
+    Raises:
+        ValueError: no state is given, or their tensors differ in name or shape.
+    """
+    if not states:
+        raise ValueError("mean of no adapters")
+    if len(states) == 1:
+        return {name: tensor.clone() for name, tensor in states[0].items()}
+    merged: AdapterState = {}
+    for layer in layer_names(list(states[0])):
+        name_a, name_b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        rank = states[0][name_a].shape[0]
+        a_T = torch.cat([state[name_a] for state in states]).T
+        b = torch.cat([state[name_b] for state in states], dim=1) / len(states)
+        (q_a, r_a), (q_b, r_b) = torch.linalg.qr(a_T), torch.linalg.qr(b)
+        u, s, v_T = torch.linalg.svd(r_b @ r_a.T)
+        root = s[:rank].sqrt()
+        merged[name_a] = (root[:, None] * (v_T[:rank] @ q_a.T)).contiguous()
+        merged[name_b] = ((q_b @ u[:, :rank]) * root).contiguous()
+    return merged
+
+
+def save_adapter(state: Mapping[str, Tensor], peft_config: Any, folder: Path) -> None:
+    """Write an adapter as peft does, so that `PeftModel.from_pretrained(base, folder)` loads it."""
+    from safetensors.torch import save_file
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".adapter-"))
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, scratch / "adapter_model.safetensors")
+    peft_config.save_pretrained(scratch)
+    if folder.exists():
+        doomed = folder.with_name(f".old-{folder.name}")
+        os.replace(folder, doomed)
+        _remove(doomed)
+    os.replace(scratch, folder)
+
+
+def load_adapter(folder: Path) -> AdapterState:
+    """Read what `save_adapter`, or peft, wrote.
+
+    Raises:
+        CheckpointError: the folder lacks an adapter, or the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: no readable adapter ({error})") from None
+
+
+def peft_config_json(model: Any) -> str:
+    """The adapter's peft configuration as JSON, to compare two runs' adapters."""
+    return json.dumps(model.peft_config[ADAPTER].to_dict(), sort_keys=True, default=str)
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder)
+
+
+def _stable_hash(text: str) -> int:
+    import zlib
+
+    return zlib.crc32(text.encode())

@@ -1,0 +1,249 @@
+"""Lower-confidence-bound search for the most similar past task, for all layers at once.
+
+Shapes: L layers, N past tasks (arms), M = 2N - 1 tree nodes, P = depth + 1 nodes on a path from leaf to root.
+Arrays over nodes have one column more, M, where the padding of short paths goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import numpy as np
+
+from treelora.errors import CheckpointError, ConfigError, DataError
+from treelora.sketch import PURPOSE_ARMS, keyed_bits
+from treelora.tree import SignatureTree
+
+Search = Literal["tree_lcb", "flat_lcb", "full", "random"]
+Bound = Literal["smooth", "literal"]
+
+
+class TreeBandit:
+    """One bandit a layer on one shared tree; every array operation runs over all layers.
+
+    Each step pulls one task k per layer, whose loss is the residual xi_k. With mu and n the mean loss and the
+    count of pulls of a node (or below it), T the horizon and e(n) = c * sqrt(log T / n):
+
+    - leaf: LCB = mu - e(n)
+    - inner node, bound="smooth" (Coquelin and Munos 2007, in losses):
+      LCB_v = max(min over children of LCB, mu_v - e(n_v) - delta_v)
+    - inner node, bound="literal" (Eq. 2 of arXiv 2506.10355 as printed):
+      LCB_v = min over children j of (mu_j - e(n_j)) - delta_v
+    - never pulled: -inf
+
+    log T in place of log t, so that a pull changes the bounds on its own path only: O(L log N) a step on a
+    balanced tree. Ties go to the left child, which holds the earlier task.
+
+    Losses and delta are divided by a layer's scale before use. The scale defaults to the root's delta: by the
+    triangle inequality no two tasks' residuals differ by more, so the spread that the exploration term e(n)
+    competes with is at most 1 in every layer. It is known before the first step, hence the same in every
+    replay; a running scale would change all bounds at each step. (An offset common to all arms changes no
+    choice.)
+
+    search: "tree_lcb" walks from the root to the child with the lowest LCB; "flat_lcb" takes the leaf with
+    the lowest LCB; "full" is told all N losses and takes the lowest mean; "random" draws uniformly from a
+    generator keyed by (seed, task, step).
+    """
+
+    def __init__(
+        self,
+        tree: SignatureTree,
+        layers: int,
+        c: float,
+        horizon: int,
+        *,
+        search: Search = "tree_lcb",
+        bound: Bound = "smooth",
+        seed: int = 0,
+        task: str = "",
+        scale: np.ndarray | None = None,
+    ) -> None:
+        if search not in get_args(Search):
+            raise ConfigError(f"search = {search!r}: choose one of {', '.join(get_args(Search))}")
+        if bound not in get_args(Bound):
+            raise ConfigError(f"bound = {bound!r}: choose one of {', '.join(get_args(Bound))}")
+        if not (math.isfinite(c) and c >= 0) or horizon < 1:
+            raise ConfigError(
+                f"exploration = {c}, horizon = {horizon}: need a finite c >= 0 and at least one step"
+            )
+        if layers != tree.layers:
+            raise ConfigError(f"layers = {layers}, but the tree knows {tree.layers} layers")
+        self.tree, self.layers, self.c, self.horizon = tree, layers, c, horizon
+        self.search, self.bound, self.seed = search, bound, seed
+        self._stream = int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "little")
+        root_delta_L = tree.delta[0]
+        self.scale = (
+            np.where(root_delta_L > 1e-6, root_delta_L, 1.0) if scale is None else np.array(scale, float)
+        )
+        if self.scale.shape != (layers,) or not (self.scale > 0).all():
+            raise ConfigError(f"scale: need {layers} positive numbers, got {self.scale}")
+
+        nodes = tree.nodes
+        self.counts = np.zeros((layers, nodes + 1), dtype=np.int64)
+        self.sums = np.zeros((layers, nodes + 1))
+        self.bounds = np.full((layers, nodes + 1), -np.inf)
+        # own = mu - e(n) of each node, kept because the literal bound reads it at siblings.
+        self._own = np.full((layers, nodes + 1), -np.inf)
+        self._best = np.tile(
+            np.append(np.where(tree.left >= 0, tree.left, np.arange(nodes)), nodes), (layers, 1)
+        )
+        self._delta = np.concatenate([tree.delta.T / self.scale[:, None], np.zeros((layers, 1))], axis=1)
+        self._paths = tree.paths()
+        self._depth = int(tree.level.max())
+        sibling = np.full(nodes + 1, nodes)
+        inner = np.flatnonzero(tree.left >= 0)
+        sibling[tree.left[inner]], sibling[tree.right[inner]] = tree.right[inner], tree.left[inner]
+        self._sibling = sibling
+        self._rows = np.arange(layers)
+        self._log_horizon = math.log(max(horizon, 2))
+
+    @property
+    def tasks(self) -> int:
+        """N."""
+        return self.tree.tasks
+
+    def select(self, step: int = 0) -> np.ndarray:
+        """The arm of every layer, [L] int64. Changes nothing; `step` matters to the search "random" only."""
+        if self.search == "random":
+            bits = keyed_bits(self.seed, self._stream, self.layers, purpose=PURPOSE_ARMS, block=step)
+            return (bits % np.uint64(self.tasks)).astype(np.int64)
+        if self.search == "flat_lcb":
+            return self.bounds[:, self.tree.leaf].argmin(axis=1)
+        if self.search == "full":
+            leaf = self.tree.leaf
+            return (self.sums[:, leaf] / np.maximum(self.counts[:, leaf], 1)).argmin(axis=1)
+        node_L = np.zeros(self.layers, dtype=np.int64)
+        for _ in range(self._depth):
+            node_L = self._best[self._rows, node_L]
+        return self.tree.task[node_L]
+
+    def observe(self, arms: np.ndarray, losses: np.ndarray) -> None:
+        """Record the losses [L] of the arms [L], in units of the residual; only the pulled paths change.
+
+        Raises: DataError for a wrong shape, an arm out of range, or a loss that is negative, NaN or infinite.
+        """
+        arms, losses = np.asarray(arms), np.asarray(losses, dtype=np.float64)
+        if arms.shape != (self.layers,) or losses.shape != (self.layers,):
+            raise DataError(
+                f"arms {arms.shape} and losses {losses.shape}: need one of each for {self.layers} layers"
+            )
+        if ((arms < 0) | (arms >= self.tasks)).any():
+            raise DataError(f"arms {arms.tolist()}: must lie in 0..{self.tasks - 1}")
+        _check_losses(losses, layer_axis=0)
+        rows, path_LP = self._rows[:, None], self._paths[arms]
+        # A path's nodes are distinct but for the padding, whose column is never read.
+        self.counts[rows, path_LP] += 1
+        self.sums[rows, path_LP] += (losses / self.scale)[:, None]
+        count_LP = self.counts[rows, path_LP]
+        own_LP = self.sums[rows, path_LP] / count_LP - self.c * np.sqrt(self._log_horizon / count_LP)
+        self._own[rows, path_LP] = own_LP
+        if path_LP.shape[1] == 1:
+            self.bounds[rows, path_LP] = own_LP
+            return
+        # bound_LP[:, p] for p >= 1 from the child on the path (p - 1) and its sibling.
+        sibling_LP = self._sibling[path_LP]
+        delta_LP = self._delta[rows, path_LP]
+        bound_LP = own_LP.copy()
+        if self.bound == "literal":
+            child_LP = np.minimum(own_LP, self._own[rows, sibling_LP])
+            bound_LP[:, 1:] = child_LP[:, :-1] - delta_LP[:, 1:]
+        else:
+            beside_LP, floor_LP = self.bounds[rows, sibling_LP], own_LP - delta_LP
+            for p in range(1, path_LP.shape[1]):
+                child_L = np.minimum(bound_LP[:, p - 1], beside_LP[:, p - 1])
+                bound_LP[:, p] = np.maximum(child_L, floor_LP[:, p])
+        self.bounds[rows, path_LP] = bound_LP
+        self._point(rows, path_LP[:, 1:])
+
+    def observe_all(self, losses: np.ndarray) -> None:
+        """Record the losses [N, L] of every task: for the search "full". Raises: DataError."""
+        losses = np.asarray(losses, dtype=np.float64)
+        if losses.shape != (self.tasks, self.layers):
+            raise DataError(f"losses {losses.shape}: the search 'full' needs [{self.tasks}, {self.layers}]")
+        _check_losses(losses, layer_axis=1)
+        self.sums[:, self.tree.leaf] += (losses / self.scale).T
+        self.counts[:, self.tree.leaf] += 1
+        inner = np.flatnonzero(self.tree.left >= 0)
+        for node in inner[::-1]:
+            children = [self.tree.left[node], self.tree.right[node]]
+            self.counts[:, node] = self.counts[:, children].sum(axis=1)
+            self.sums[:, node] = self.sums[:, children].sum(axis=1)
+        self._refresh()
+
+    def lcb(self, arms: np.ndarray) -> np.ndarray:
+        """[L] float32: the LCB of the arms' leaves in units of the residual (-inf: never pulled)."""
+        return (self.bounds[self._rows, self.tree.leaf[arms]] * self.scale).astype(np.float32)
+
+    def pulls(self) -> np.ndarray:
+        """[N, L] int64: how often each task was observed."""
+        return self.counts[:, self.tree.leaf].T.copy()
+
+    def ratio(self) -> np.ndarray:
+        """[L]: mean exploration term over the spread (max - min) of the mean losses, among the tasks pulled.
+
+        Far above 1 the search is a round-robin, far below 1 it is greedy. NaN where fewer than two tasks were
+        pulled, inf where their means are equal.
+        """
+        count_LN, sum_LN = self.counts[:, self.tree.leaf], self.sums[:, self.tree.leaf]
+        ratios = np.full(self.layers, np.nan)
+        for layer in range(self.layers):
+            seen = count_LN[layer] > 0
+            if seen.sum() >= 2:
+                mean = sum_LN[layer, seen] / count_LN[layer, seen]
+                explore = float((self.c * np.sqrt(self._log_horizon / count_LN[layer, seen])).mean())
+                spread = float(np.ptp(mean))
+                ratios[layer] = explore / spread if spread > 0 else np.inf
+        return ratios
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Everything that changes; the tree and the settings are the caller's to keep."""
+        return {"counts": self.counts[:, :-1].copy(), "sums": self.sums[:, :-1].copy()}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue bit for bit where `state_dict` was taken. Raises: CheckpointError where it doesn't fit."""
+        shape = (self.layers, self.tree.nodes)
+        counts, sums = state.get("counts"), state.get("sums")
+        if counts is None or sums is None or counts.shape != shape or sums.shape != shape:
+            shapes = {name: np.shape(value) for name, value in state.items()}
+            raise CheckpointError(f"bandit state {shapes}: need counts and sums of shape {shape}")
+        if not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any() or not np.isfinite(sums).all():
+            raise CheckpointError("bandit state: counts must be whole and not negative, sums finite")
+        self.counts[:, :-1], self.sums[:, :-1] = counts, sums
+        self._refresh()
+
+    def _point(self, rows: np.ndarray, inner: np.ndarray) -> None:
+        """Let inner nodes (node M among them: padding) point at their child with the lowest bound."""
+        left = np.append(self.tree.left, self.tree.nodes)[inner]
+        right = np.append(self.tree.right, self.tree.nodes)[inner]
+        self._best[rows, inner] = np.where(self.bounds[rows, left] <= self.bounds[rows, right], left, right)
+
+    def _refresh(self) -> None:
+        """All bounds from counts and sums; the same arithmetic as `observe`, so the same bits."""
+        count, seen = self.counts[:, :-1], self.counts[:, :-1] > 0
+        divisor = np.maximum(count, 1)
+        own = self.sums[:, :-1] / divisor - self.c * np.sqrt(self._log_horizon / divisor)
+        self._own[:, :-1] = np.where(seen, own, -np.inf)
+        self.bounds[:] = self._own
+        inner = np.flatnonzero(self.tree.left >= 0)
+        for node in inner[::-1]:
+            a, b = self.tree.left[node], self.tree.right[node]
+            if self.bound == "literal":
+                bound = np.minimum(self._own[:, a], self._own[:, b]) - self._delta[:, node]
+            else:
+                lowest = np.minimum(self.bounds[:, a], self.bounds[:, b])
+                bound = np.maximum(lowest, self._own[:, node] - self._delta[:, node])
+            self.bounds[:, node] = np.where(seen[:, node], bound, -np.inf)
+        if len(inner):
+            self._point(self._rows[:, None], np.broadcast_to(inner, (self.layers, len(inner))))
+
+
+def _check_losses(losses: np.ndarray, layer_axis: int) -> None:
+    bad = np.argwhere(~(np.isfinite(losses) & (losses >= 0)))
+    if len(bad):
+        where = tuple(int(i) for i in bad[0])
+        raise DataError(
+            f"layer {where[layer_axis]}: loss {losses[where]} isn't a distance: drop steps that overflowed"
+        )

@@ -1,0 +1,231 @@
+"""The built-in stream: six small tasks in plain English, made by code, with nothing to download.
+
+All tasks read notes from one corpus ("Yesterday Anna loved the old horse.") and differ in what they ask: a
+rule (mood, time or subject of the note) and a vocabulary (colours or directions) that must be learnt to answer
+it. Each rule meets both vocabularies and each vocabulary all rules, so a tree of tasks can be scored by rule
+and by vocabulary apart. Every note has a mood, a time and a subject, drawn independently: only the question
+says which of them counts, so learning one task pulls at the answers of the others. Chance is 1/2.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from treelora.data.files import join
+from treelora.data.parquet import write_split
+from treelora.data.schema import Example, SplitMeta
+from treelora.data.task import Task, open_task
+from treelora.errors import DataError
+
+T = TypeVar("T")
+
+_NAMES = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Frank",
+    "Grace",
+    "Henry",
+    "Irene",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Maria",
+    "Nina",
+    "Oscar",
+    "Paul",
+    "Rosa",
+    "Sam",
+    "Tina",
+    "Victor",
+]
+_ADJECTIVES = [
+    "old",
+    "young",
+    "big",
+    "small",
+    "quiet",
+    "noisy",
+    "brown",
+    "white",
+    "famous",
+    "strange",
+    "slow",
+    "quick",
+    "heavy",
+    "clean",
+]
+_PLACES = [
+    "near the lake",
+    "at the market",
+    "by the school",
+    "in the village",
+    "on the bridge",
+    "behind the barn",
+    "at the harbour",
+    "in the valley",
+    "by the station",
+    "outside the museum",
+]
+# Verbs as (past, future).
+_MEETINGS = (("met", "will meet"), ("saw", "will see"), ("found", "will find"), ("watched", "will watch"))
+_MOODS = {
+    "positive": (("smiled", "smile"), ("laughed", "laugh"), ("cheered", "cheer"), ("felt happy", "feel happy"), ("felt proud", "feel proud")),
+    "negative": (("cried", "cry"), ("wept", "weep"), ("cursed", "curse"), ("felt sad", "feel sad"), ("felt angry", "feel angry")),
+}
+_TIMES = {
+    "past": ("yesterday", "last night", "last week", "last summer", "two days ago", "an hour ago"),
+    "future": ("tomorrow", "tomorrow night", "next week", "next summer", "in two days", "in an hour"),
+}
+_SUBJECTS = {
+    "animal": [
+        "horse",
+        "dog",
+        "cat",
+        "cow",
+        "sheep",
+        "goat",
+        "lion",
+        "tiger",
+        "bear",
+        "wolf",
+        "fox",
+        "rabbit",
+        "duck",
+        "owl",
+        "pig",
+        "donkey",
+    ],
+    "vehicle": [
+        "car",
+        "bus",
+        "truck",
+        "train",
+        "tram",
+        "van",
+        "taxi",
+        "lorry",
+        "bicycle",
+        "motorbike",
+        "tractor",
+        "boat",
+        "ship",
+        "ferry",
+        "plane",
+        "jeep",
+    ],
+}
+_VALUES: dict[str, tuple[str, str]] = {
+    "mood": ("positive", "negative"),
+    "time": ("past", "future"),
+    "subject": ("animal", "vehicle"),
+}
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """One task: its rule, its vocabulary, the question, and the answers to the rule's two values."""
+
+    rule: str
+    vocabulary: str
+    question: str
+    answers: tuple[str, str]
+
+
+# Interleaved: neighbours differ in both. Within a vocabulary the rules disagree about most notes.
+_SPECS: dict[str, _Spec] = {
+    "mood-colours": _Spec("mood", "colours", "Which colour is the feeling, red or blue?", ("red", "blue")),
+    "time-directions": _Spec(
+        "time", "directions", "Which side has the date, left or right?", ("left", "right")
+    ),
+    "subject-colours": _Spec(
+        "subject", "colours", "Which paint for the thing, red or blue?", ("blue", "red")
+    ),
+    "mood-directions": _Spec(
+        "mood", "directions", "Which way does the heart turn, left or right?", ("right", "left")
+    ),
+    "time-colours": _Spec("time", "colours", "Which ink marks the day, red or blue?", ("blue", "red")),
+    "subject-directions": _Spec(
+        "subject", "directions", "Which shelf for the toy, left or right?", ("left", "right")
+    ),
+}
+
+
+def builtin_names() -> tuple[str, ...]:
+    """Names of the built-in tasks, in the default order of the stream."""
+    return tuple(_SPECS)
+
+
+def _spec(name: str) -> _Spec:
+    if name not in _SPECS:
+        raise DataError(f"no built-in task {name!r}; there are {', '.join(_SPECS)}")
+    return _SPECS[name]
+
+
+def _note(rng: random.Random, values: Mapping[str, str]) -> str:
+    """One note; only ``Random.random`` is used, whose sequence Python promises to keep for a seed."""
+
+    def pick(items: Sequence[T]) -> T:
+        return items[int(rng.random() * len(items))]
+
+    tense = values["time"] == "future"
+    when = pick(_TIMES[values["time"]])
+    thing = f"the {pick(_ADJECTIVES)} {pick(_SUBJECTS[values['subject']])}"
+    place = f" {pick(_PLACES)}" if rng.random() < 0.5 else ""
+    deed = f"{pick(_NAMES)} {pick(_MEETINGS)[tense]} {thing}{place}"
+    mood = pick(_MOODS[values["mood"]])[tense]
+    if rng.random() < 0.5:
+        return f"{when[0].upper()}{when[1:]} {deed} and {mood}."
+    return f"{deed} {when} and {mood}."
+
+
+def generate(
+    name: str, split_sizes: Mapping[str, int], seed: int
+) -> dict[str, tuple[list[Example], SplitMeta]]:
+    """Rows and description of every split of one task, in balanced classes; no two rows share a prompt.
+
+    A pure function of its arguments. A task's rows don't depend on which other tasks are made.
+    """
+    spec = _spec(name)
+    rng = random.Random(f"treelora/{seed}/{name}")
+    prompts: set[str] = set()
+    made: dict[str, tuple[list[Example], SplitMeta]] = {}
+    for split, size in split_sizes.items():
+        rows: list[Example] = []
+        while len(rows) < size:
+            values = {rule: options[rng.random() < 0.5] for rule, options in _VALUES.items()}
+            which = len(rows) % 2
+            values[spec.rule] = _VALUES[spec.rule][which]
+            prompt = f"{_note(rng, values)} {spec.question}"
+            if prompt in prompts:
+                continue
+            prompts.add(prompt)
+            rows.append(Example(f"{name}-{split}-{len(rows)}", prompt, spec.answers[which], ()))
+        meta = SplitMeta(
+            name=name,
+            kind="choice",
+            choices=tuple(sorted(spec.answers)),
+            metric="accuracy",
+            split=split,
+            source=f"builtin seed {seed}",
+            family=spec.rule,
+            vocabulary=spec.vocabulary,
+        )
+        made[split] = (rows, meta)
+    return made
+
+
+def write_builtin(
+    out: Path, names: Sequence[str] | None = None, train_rows: int = 160, test_rows: int = 64, seed: int = 0
+) -> list[Task]:
+    """Write built-in tasks below ``out`` (all of them where ``names`` is None) and open them, in that order."""
+    tasks = []
+    for name in builtin_names() if names is None else names:
+        for split, (rows, meta) in generate(name, {"train": train_rows, "test": test_rows}, seed).items():
+            write_split(join(join(out, name), f"{split}.parquet"), rows, meta)
+        tasks.append(open_task(join(out, name)))
+    return tasks

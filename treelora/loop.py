@@ -1,0 +1,253 @@
+"""The stream loop: learn one unit after another with one method on one engine, judge after each, commit on the way.
+
+It knows nothing of Ray, files or servers: what the platform wants to do at a step, a score or a commit are `Hooks`.
+Every random number is a function of (seed, task, step, rank), so a position says all that must be known of the RNG, and
+a resumed stream equals an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from treelora.adapters import AdapterState
+from treelora.engine import Engine, read_adapter
+from treelora.errors import TreeLoRAError
+from treelora.evaluation.evaluator import Evaluator
+from treelora.evaluation.matrix import Score
+from treelora.methods.base import Method, TaskContext
+from treelora.models.causal import answer_loss
+from treelora.schedule import learning_rate
+from treelora.training_data import Unit
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """See `TrainSettings` and `CheckpointSettings` of the platform's configuration."""
+
+    learning_rate: float
+    warmup: float = 0.1
+    min_lr: float = 0.1
+    max_bad_steps: int = 3
+    commit_every: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a stream has come: `step` steps of unit `unit` are done, and whether it is trained to its end."""
+
+    unit: int = 0
+    step: int = 0
+    trained: bool = False
+    global_step: int = 0
+    train_seconds: float = 0.0
+    """Spent on training this unit so far."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, as tracked; the columns of the table of steps."""
+
+    global_step: int
+    task: str
+    task_index: int
+    step: int
+    time_unix_ms: int
+    loss: float
+    lr: float
+    grad_norm: float
+    step_seconds: float
+    tokens: int
+    rows: int
+    peak_memory_mb: float
+    penalty_ratio: float | None = None
+    sparsity: float | None = None
+    lcb_mean: float | None = None
+    observation_mean: float | None = None
+    arms: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """One learnt unit; the columns of the table of tasks that the loop knows."""
+
+    task: str
+    task_index: int
+    steps: int
+    train_seconds: float
+    eval_seconds: float
+    tokens: int
+    adapter_bytes: int
+    router_accuracy: float | None
+
+
+class Hooks(Protocol):
+    """What happens around the loop, on every rank."""
+
+    def stage(self, unit: int, name: str, what: str) -> None:
+        """Something other than a step begins."""
+
+    def stepped(self, record: StepRecord, steps: int) -> None:
+        """A step is done; `steps` are those of its task."""
+
+    def scored(self, scores: Sequence[Score], task: TaskRecord) -> None:
+        """A unit was judged."""
+
+    def commit(self, position: Position, loop: StreamLoop) -> None:
+        """A state that can be gone on from: make it safe. Collective."""
+
+
+@dataclass
+class StreamLoop:
+    """One method learning one stream on one engine."""
+
+    engine: Engine
+    method: Method
+    units: Sequence[Unit]
+    evaluator: Evaluator
+    options: LoopOptions
+    hooks: Hooks
+    bank: list[AdapterState] = field(default_factory=list)
+    """Adapters of the units trained so far."""
+    position: Position = Position()
+
+    def run(self) -> None:
+        """Go on from `position` to the end of the stream. Collective.
+
+        Raises:
+            TreeLoRAError: the loss was not finite for `max_bad_steps` steps in a row.
+        """
+        while self.position.unit < len(self.units):
+            unit = self.units[self.position.unit]
+            if not self.position.trained:
+                if self.method.trains:
+                    self._train(unit)
+                self._commit(replace(self.position, step=unit.plan.steps, trained=True))
+            self._judge(unit, self.position.train_seconds)
+            self._commit(Position(unit=self.position.unit + 1, global_step=self.position.global_step))
+
+    def _train(self, unit: Unit) -> None:
+        index, start = self.position.unit, self.position.step
+        begin = time.perf_counter() - self.position.train_seconds
+        engine, method = self.engine, self.method
+        context = TaskContext(
+            index=index,
+            name=unit.name,
+            steps=unit.plan.steps,
+            micro_batches=lambda step: unit.micro_batches(step, engine.rank, engine.world_size, engine.device),
+            normaliser=lambda step: unit.normaliser(step, engine.world_size),
+        )
+        engine.module.train()
+        self._seed(index, start)
+        if start:
+            method.resume_task(context, engine, self.bank)
+        else:
+            self.hooks.stage(index, unit.name, "measuring its signature")
+            engine.reset_optimizer()
+            method.begin_task(context, engine, self.bank)
+        bad = 0
+        for step in range(start + 1, unit.plan.steps + 1):
+            record = self._step(context, unit, step)
+            bad = bad + 1 if not math.isfinite(record.loss) else 0
+            if bad >= self.options.max_bad_steps:
+                raise TreeLoRAError(
+                    f"task {unit.name!r}: the loss was {record.loss} for {bad} steps in a row up to step {step}; the last "
+                    "commit is intact. Lower train.learning_rate, or look at the task's rows"
+                )
+            self.position = Position(
+                index, step, False, self.position.global_step + 1, train_seconds=time.perf_counter() - begin
+            )
+            self.hooks.stepped(record, unit.plan.steps)
+            every = self.options.commit_every
+            if every and step % every == 0 and step < unit.plan.steps:
+                self._commit(self.position)
+        method.end_task(engine)
+        self.bank.append(read_adapter(engine))
+
+    def _step(self, task: TaskContext, unit: Unit, step: int) -> StepRecord:
+        engine, method, options = self.engine, self.method, self.options
+        begin = time.perf_counter()
+        self._seed(task.index, step)
+        lr = learning_rate(step, task.steps, options.learning_rate, options.warmup, options.min_lr)
+        method.before_step(step)
+        batches, normaliser = task.micro_batches(step - 1), task.normaliser(step - 1)
+        total = torch.zeros((), device=engine.device)
+        for number, batch in enumerate(batches):
+            loss = answer_loss(engine.forward_model(), batch, normaliser)
+            engine.backward(loss, last=number == len(batches) - 1)
+            total += loss.detach()
+        value = float(engine.all_reduce(total, mean=True))
+        norm: float = math.nan
+        if math.isfinite(value):
+            method.after_backward(engine)
+            norm = float(engine.step(lr))
+            method.after_step(engine, lr)
+        else:
+            engine.drop_gradients()
+            method.step_skipped()
+        metrics = method.metrics()
+        return StepRecord(
+            global_step=self.position.global_step + 1,
+            task=task.name,
+            task_index=task.index,
+            step=step,
+            time_unix_ms=time.time_ns() // 1_000_000,
+            loss=value,
+            lr=lr,
+            grad_norm=norm,
+            tokens=unit.tokens(step - 1),
+            rows=unit.plan.global_batch,
+            peak_memory_mb=peak_memory_mb(engine.device),
+            arms=metrics.arms,
+            **{name: float(v) for name, v in metrics.scalars.items()},
+            step_seconds=time.perf_counter() - begin,
+        )
+
+    def _judge(self, unit: Unit, train_seconds: float) -> None:
+        index = self.position.unit
+        begin = time.perf_counter()
+        for task, split in zip(unit.tasks, unit.splits, strict=True):
+            self.hooks.stage(index, unit.name, "teaching the router")
+            self.evaluator.learn_task(self.evaluator.tests[task].task.name, split)
+        seen = [task for done in self.units[: index + 1] for task in done.tasks]
+        scores = self.evaluator.score(
+            seen,
+            max(seen),
+            unit.name,
+            self.bank,
+            lambda mode: self.hooks.stage(index, unit.name, f"scoring {len(seen)} tasks, inference {mode}"),
+        )
+        steps = unit.plan.steps if self.method.trains else 0
+        record = TaskRecord(
+            task=unit.name,
+            task_index=index,
+            steps=steps,
+            train_seconds=train_seconds,
+            eval_seconds=time.perf_counter() - begin,
+            tokens=sum(unit.tokens(step) for step in range(steps)),
+            adapter_bytes=sum(t.numel() * t.element_size() for t in self.bank[-1].values()) if self.bank else 0,
+            router_accuracy=self.evaluator.router_accuracy(seen) if len(self.bank) == len(seen) else None,
+        )
+        self.hooks.scored(scores, record)
+
+    def _commit(self, position: Position) -> None:
+        self.position = position
+        self.hooks.commit(position, self)
+
+    def _seed(self, unit: int, step: int) -> None:
+        torch.manual_seed(hash((self.options.seed, unit, step, self.engine.rank)) % 2**63)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory held so far: of the GPU, or resident memory of the process, in MB (10^6 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

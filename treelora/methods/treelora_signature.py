@@ -1,0 +1,144 @@
+"""Where TreeLoRA's signatures come from, while a task is learnt: the `signature` axis.
+
+Shapes: L layers, K sketch numbers a layer, P probe batches, D_l numbers of a layer's gradient.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from treelora.adapters import layer_names
+from treelora.engine import Engine
+from treelora.methods.base import TaskContext
+from treelora.models.causal import answer_loss
+from treelora.signature import GradientProbe, adapter_value_vectors, gradient_vectors
+from treelora.sketch import CountSketch
+
+if TYPE_CHECKING:
+    from treelora.methods.treelora import TreeLoRAOptions
+
+
+class SignatureSource:
+    """Signature of the current task, and what is observed of it at each step.
+
+    `probe_b` measures P global batches before training, on the base weights, and observes them in turn: P passes a
+    task, none a step. `gradient` takes the gradients that training computes anyway, at weights that move.
+    `adapter_value` takes the values of A, as the released code does.
+    """
+
+    def __init__(self, options: TreeLoRAOptions, engine: Engine):
+        self.kind, self.engine = options.signature, engine
+        self.probe_batches = options.probe_batches
+        self.keeps_full = options.penalty in ("soft", "sign")
+        self.names = layer_names(list(engine.adapter_tensors()))
+        if self.kind == "probe_b":
+            tensors = engine.adapter_tensors()
+            rank = next(t.shape[0] for name, t in tensors.items() if ".lora_A." in name)
+            self._probe = GradientProbe(engine.module, rank, options.seed)
+            dims = self._probe.layer_dims
+        else:
+            dims = [vector.numel() for vector in self._vectors(engine.adapter_tensors())]
+        self._sketch = CountSketch(dims, options.sketch_size, options.seed)
+        self._per_batch_PLK = torch.zeros(0, len(dims), options.sketch_size)
+        self._sum_LK = torch.zeros(len(dims), options.sketch_size)
+        self._full_sum: dict[str, Tensor] = {}
+        self._steps = 0
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether every step's gradients are needed."""
+        return self.kind == "gradient"
+
+    @property
+    def known_before_step(self) -> bool:
+        """Whether a step's observation exists before its backward pass."""
+        return self.kind != "gradient"
+
+    @property
+    def sketch_LK(self) -> Tensor:
+        """The task's signature so far: unit length per layer, zero where nothing was seen."""
+        return _unit(self._sum_LK)
+
+    def measure(self, task: TaskContext) -> None:
+        """Before training. Collective."""
+        if self.kind != "probe_b":
+            return
+        count = min(self.probe_batches, task.steps)
+        raw = torch.stack([self._measure_batch(task, round(i * task.steps / count)) for i in range(count)])
+        raw = self.engine.all_reduce(raw, mean=True).cpu()
+        self._per_batch_PLK, self._sum_LK = _unit(raw), raw.sum(0)
+
+    def _measure_batch(self, task: TaskContext, step: int) -> Tensor:
+        total = torch.zeros_like(self._sum_LK, device=self.engine.device)
+        for batch in task.micro_batches(step):
+            normaliser = task.normaliser(step)
+            gradients = self._probe.measure(lambda b=batch, n=normaliser: answer_loss(self.engine.module, b, n))
+            total += self._sketch.sketch(gradients)
+        return total
+
+    def of_step(self, step: int) -> Tensor:
+        """What is observed at a step (from 1): unit length per layer, [L, K] on the CPU."""
+        if self.kind == "probe_b":
+            return self._per_batch_PLK[(step - 1) % len(self._per_batch_PLK)]
+        if self.kind == "adapter_value":
+            return _unit(self._sketch.sketch(self._vectors(self.engine.adapter_tensors())).cpu())
+        return _unit(self._seen_LK)
+
+    def after_backward(self, engine: Engine) -> dict[str, Tensor]:
+        """Take in a step's gradients, and return them. Collective."""
+        gradients = engine.adapter_gradients()
+        self._seen_LK = self._sketch.sketch(self._vectors(gradients)).cpu()
+        self._sum_LK += self._seen_LK
+        self._steps += 1
+        if self.keeps_full:
+            for name, vector in zip(self.names, self._vectors(gradients), strict=True):
+                self._full_sum[name] = self._full_sum[name] + vector if name in self._full_sum else vector.clone()
+        return gradients
+
+    def finish(self, engine: Engine) -> tuple[Tensor, dict[str, Tensor]]:
+        """The task's signature [L, K], and the full mean gradient of each layer where the penalty needs it."""
+        if self.kind == "adapter_value":
+            self._sum_LK = self._sketch.sketch(self._vectors(engine.adapter_tensors())).cpu()
+        full = {name: (vector / max(1, self._steps)).cpu() for name, vector in self._full_sum.items()}
+        return self.sketch_LK, full
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What `load_state_dict` needs within a task."""
+        state = {"per_batch": self._per_batch_PLK, "sum": self._sum_LK, "seen_steps": torch.tensor(self._steps)}
+        return state | {f"full/{name}": vector.cpu() for name, vector in self._full_sum.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict`."""
+        self._per_batch_PLK, self._sum_LK = state["per_batch"], state["sum"].clone()
+        self._steps = int(state["seen_steps"])
+        self._full_sum = {
+            key.removeprefix("full/"): value.to(self.engine.device)
+            for key, value in state.items()
+            if key.startswith("full/")
+        }
+
+    def _vectors(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        select = adapter_value_vectors if self.kind == "adapter_value" else gradient_vectors
+        return select(tensors, self.names)
+
+
+def pack_past(signatures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Full signatures of past tasks as one flat dict of tensors."""
+    packed = {f"past/{i}/{name}": vector for i, past in enumerate(signatures) for name, vector in past.items()}
+    return packed | {"past_tasks": torch.tensor(len(signatures))}
+
+
+def unpack_past(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Inverse of `pack_past`."""
+    return [
+        {key.removeprefix(f"past/{i}/"): value for key, value in state.items() if key.startswith(f"past/{i}/")}
+        for i in range(int(state["past_tasks"]))
+    ]
+
+
+def _unit(sketch: Tensor) -> Tensor:
+    norm = sketch.norm(dim=-1, keepdim=True)
+    return torch.where(norm > 0, sketch / norm.clamp_min(torch.finfo(torch.float32).tiny), sketch)
