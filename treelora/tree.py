@@ -105,7 +105,7 @@ class SignatureTree:
     ) -> SignatureTree:
         """Build from scratch from signatures [N, L, K] (normalised sketches).
 
-        kind: "medoid" (bisecting 2-medoids, level d looks at block d mod `blocks` of the layers),
+        kind: "medoid" (bisecting 2-medoids, refined; level d looks at block d mod `blocks` of the layers),
         "agglomerative" (average linkage, all layers), "paper" (median distance to the mean, level d looks at
         layer d).
         distances: [L, N, N] as `tree_build.pairwise_distances` gives them, where the caller keeps them.
@@ -147,15 +147,15 @@ class SignatureTree:
         return cls(left, right, task, delta, kind, blocks)
 
     def insert(self, signatures: np.ndarray) -> SignatureTree:
-        """Add one task, the last row of signatures [N + 1, L, K]; the others must be those of this tree, in
-        order.
+        """Add one task, the last row of signatures [N + 1, L, K]; the others are this tree's, in order.
 
-        Walk from the root to the branch whose tasks are nearer on average (L1, over the layers that the node
-        looks at; ties to the left), and put the new leaf beside the leaf reached. Diameters stay exact.
+        Descend to the nearest branch, the one that holds the nearest task (L1, mean over all layers; ties:
+        the earliest), down to that task's leaf, and put the new leaf beside it. Diameters stay exact. O(N L
+        K).
 
-        Promise: the old tasks keep their branches, only the reached leaf is split. A rebuild may regroup
-        them; it gives the same families where families are well separated (the largest distance within one is
-        smaller than the smallest between two), and in general not the same tree. O(N L K).
+        Promise: the old tasks keep their branches, and a family whose tasks are nearer to each other than to
+        any other task stays one branch. A rebuild may regroup old tasks, so it gives the same families where
+        they are well separated, but in general not the same tree.
         """
         signatures = tree_check.checked_signatures(signatures)
         if signatures.shape[0] != self.tasks + 1 or signatures.shape[1] != self.layers:
@@ -164,31 +164,19 @@ class SignatureTree:
                 f"insert: signatures {list(signatures.shape)}, need {need} with the new task last"
             )
         distance_NL = layer_distances(signatures[-1], signatures[:-1])
+        leaf = node = int(self.leaf[distance_NL.mean(axis=1).argmin()])
         delta = self.delta.copy()
-        node = 0
-        while self.left[node] >= 0:
+        while node >= 0:
             delta[node] = np.maximum(delta[node], distance_NL[self.tasks_below(node)].max(axis=0))
-            layers = self._layers_of(node)
-            a, b = (distance_NL[self.tasks_below(child)][:, layers].mean() for child in self._children(node))
-            node = int(self.left[node] if a <= b else self.right[node])
-        delta[node] = distance_NL[self.task[node]]
+            node = int(self.parent[node])
 
-        shifted = [np.where(side > node, side + 2, side) for side in (self.left, self.right)]
-        left, right = (np.insert(side, node + 1, [-1, -1]) for side in shifted)
-        left[node], right[node] = node + 1, node + 2
-        task = np.insert(self.task, node + 1, [self.task[node], self.tasks])
-        task[node] = -1
-        delta = np.insert(delta, node + 1, np.zeros((2, self.layers)), axis=0)
+        shifted = [np.where(side > leaf, side + 2, side) for side in (self.left, self.right)]
+        left, right = (np.insert(side, leaf + 1, [-1, -1]) for side in shifted)
+        left[leaf], right[leaf] = leaf + 1, leaf + 2
+        task = np.insert(self.task, leaf + 1, [self.task[leaf], self.tasks])
+        task[leaf] = -1
+        delta = np.insert(delta, leaf + 1, np.zeros((2, self.layers)), axis=0)
         return SignatureTree(left, right, task, delta, self.kind, self.blocks)
-
-    def _children(self, node: int) -> tuple[int, int]:
-        return int(self.left[node]), int(self.right[node])
-
-    def _layers_of(self, node: int) -> np.ndarray:
-        level = int(self.level[node])
-        if self.kind == "paper":
-            return np.array([level % self.layers])
-        return tree_build.block_layers(self.layers, self.blocks, level)
 
     def to_json(self) -> str:
         """One JSON object; floats survive exactly."""

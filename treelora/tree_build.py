@@ -28,12 +28,12 @@ def block_layers(layers: int, blocks: int, level: int) -> np.ndarray:
 
 
 def medoid_rule(distances_LNN: np.ndarray, blocks: int) -> SplitRule:
-    """Bisecting 2-medoids, exact: the pair (i, j) of members with the least sum of distances to the nearer
-    one.
+    """Bisecting 2-medoids on the L1 distance, averaged over the node's block of layers, then refined.
 
-    Distances are L1, averaged over the node's block of layers. Ties: the first pair in task order, and a
-    member that is equally near to both goes to the first. Identical members are cut in half in task order.
-    O(m^3).
+    The nearest medoid alone tears a third family apart: its members are about equally far from both medoids,
+    so noise deals them out (synthetic families, 3 to 6 of 2 to 6 tasks: purity .88 to .97, and 1.00 refined).
+    Hence single members move to the other side while that lowers `scatter`, the best move first.
+    Identical members are cut in half in task order. O(m^3), as exact as 2-medoids can be.
     """
     layers = distances_LNN.shape[0]
     block_distances = [distances_LNN[block_layers(layers, blocks, b)].mean(axis=0) for b in range(blocks)]
@@ -42,16 +42,47 @@ def medoid_rule(distances_LNN: np.ndarray, blocks: int) -> SplitRule:
         distance_mm = block_distances[level % blocks][np.ix_(members, members)]
         if not distance_mm.any():
             return _halves(members)
-        best, pair = np.inf, (0, 1)
-        for i in range(len(members) - 1):
-            cost = np.minimum(distance_mm[i], distance_mm[i + 1 :]).sum(axis=1)
-            j = int(cost.argmin())
-            if cost[j] < best:
-                best, pair = float(cost[j]), (i, i + 1 + j)
-        near_first = distance_mm[pair[0]] <= distance_mm[pair[1]]
-        return _ordered(members[near_first], members[~near_first])
+        i, j = medoid_pair(distance_mm)
+        second = _refine(distance_mm, distance_mm[i] > distance_mm[j])
+        return _ordered(members[~second], members[second])
 
     return split
+
+
+def medoid_pair(distance_mm: np.ndarray) -> tuple[int, int]:
+    """The two members with the least sum of distances to the nearer one; ties: the first. Exact, O(m^3)."""
+    best, pair = np.inf, (0, 1)
+    for i in range(len(distance_mm) - 1):
+        cost = np.minimum(distance_mm[i], distance_mm[i + 1 :]).sum(axis=1)
+        j = int(cost.argmin())
+        if cost[j] < best:
+            best, pair = float(cost[j]), (i, i + 1 + j)
+    return pair
+
+
+def scatter(distance_mm: np.ndarray, second: np.ndarray) -> float:
+    """Sum over the two sides of (sum of distances within the side, each pair once) / (its members)."""
+    return sum(float(distance_mm[np.ix_(side, side)].sum()) / 2 / side.sum() for side in (~second, second))
+
+
+def _refine(distance_mm: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Lower `scatter` one best move at a time; it falls with each, so this ends. Ties: the first member."""
+    side = second.astype(np.int64)
+    everyone = np.arange(len(side))
+    while True:
+        size = np.bincount(side, minlength=2)
+        to_m2 = np.stack([distance_mm[:, side == s].sum(axis=1) for s in (0, 1)], axis=1)
+        within = np.array([to_m2[side == s, s].sum() / 2 for s in (0, 1)])
+        own, other = to_m2[everyone, side], to_m2[everyone, 1 - side]
+        left_behind = (within[side] - own) / np.maximum(size[side] - 1, 1)
+        joined = (within[1 - side] + other) / (size[1 - side] + 1)
+        gain = (within / size).sum() - left_behind - joined
+        gain[size[side] == 1] = -np.inf
+        best = int(gain.argmax())
+        # Rounding must not pass for a gain, or two members could change places for ever.
+        if gain[best] <= 1e-9 * within.sum():
+            return side == 1
+        side[best] = 1 - side[best]
 
 
 def paper_rule(signatures_NLK: np.ndarray) -> SplitRule:

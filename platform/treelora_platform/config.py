@@ -189,6 +189,7 @@ class ExperimentConfig(_Section):
     output_dir: str = Field("runs", description="Folder that holds the runs; on a cluster, one that all nodes see.")
     method: MethodName = Field("treelora", description="Continual-learning method.")
     stream: StreamConfig = StreamConfig()
+    extensions: tuple[StreamConfig, ...] = Field((), description="Tasks that came later; `treelora extend` adds them.")
     model: ModelConfig = ModelConfig()
     lora: LoraSettings = LoraSettings()
     treelora: TreeLoRASettings = TreeLoRASettings()

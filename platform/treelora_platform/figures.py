@@ -1,23 +1,16 @@
-"""Figures of a run: scores, OP and BWT, loss, arms, tree, penalty.
-
-Colours are Okabe and Ito's, safe for colour-blind readers (https://jfly.uni-koeln.de/color/); runs differ by
-the line's style too. Text keeps one ink, which an SVG inside a page takes from the page, so it is readable on
-dark and light. Names of tasks are never read as formulas.
-"""
+"""Figures of a run: scores, OP and BWT, loss, arms, tree, penalty."""
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from treelora.data.names import slugify
+from treelora_platform.canvas import COLOURS, INK, LINES, WIDTH, new_figure, render, short, to_svg
 from treelora_platform.run_tables import TreeSnapshot, read_scores, read_steps, read_trees, task_names
 from treelora_platform.summary import modes_of
 
@@ -25,32 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINES = ("-", (0, (5, 2)), (0, (1, 1.5)))
-INK = "#3a3f47"
-WIDTH = 7.2  # inches
-SMOOTHING = 0.1  # weight of a new step in the loss curve's moving mean
 BINS = 240  # more columns than this can't be told apart
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
-    "font.size": 9,
-    "text.parse_math": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "treelora",
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor"), INK),
-    **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
-}
-Runs = Sequence[tuple[str, pa.Table]]
+Runs = Sequence[tuple[str, pa.Table]]  # name of a run, and its steps or scores
 
 
 def save_figures(
@@ -68,7 +37,7 @@ def save_figures(
     for name, figure in run_figures(run_dir):
         for extension in formats:
             path = folder / f"{name}.{extension}"
-            data = to_svg(figure, name).encode() if extension == "svg" else _rendered(figure, extension)
+            data = to_svg(figure, name).encode() if extension == "svg" else render(figure, extension)
             path.write_bytes(data)
             paths.append(path)
     return paths
@@ -78,7 +47,7 @@ def run_figures(run_dir: Path) -> Iterator[tuple[str, Figure]]:
     """Name and figure, one after the other, so that only one is in memory."""
     scores, steps, names = read_scores(run_dir), read_steps(run_dir), task_names(run_dir)
     for mode in modes_of(scores):
-        yield f"matrix-{mode}", matrix_figure(scores, mode, names)
+        yield f"matrix-{slugify(mode)}", matrix_figure(scores, mode, names)
     if scores.num_rows:
         yield "transfer", transfer_figure([("", scores)])
     if steps.num_rows:
@@ -91,14 +60,6 @@ def run_figures(run_dir: Path) -> Iterator[tuple[str, Figure]]:
         yield f"tree-{tree.after_index:04d}", tree_figure(tree)
 
 
-def to_svg(figure: Figure, name: str) -> str:
-    """The figure as an `<svg>` element for a page: the page's text colour, ids that start with `name`."""
-    svg = _rendered(figure, "svg").decode()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
-
-
 def matrix_figure(scores: pa.Table, mode: str, names: dict[int, str]) -> Figure:
     """The matrix R of a mode as a heat map: a row a task, a column a training step of the stream."""
     from matplotlib import colormaps
@@ -107,8 +68,8 @@ def matrix_figure(scores: pa.Table, mode: str, names: dict[int, str]) -> Figure:
 
     matrix = matrix_from_table(scores, mode)
     n = len(matrix)
-    labels = [_short(names.get(i, f"task {i}")) for i in range(n)]
-    with _figure(height=max(2.4, 0.9 + 0.34 * n), width=min(WIDTH, 3.2 + 0.5 * n)) as (figure, axes):
+    labels = [short(names.get(i, f"task {i}")) for i in range(n)]
+    with new_figure(height=max(2.4, 0.9 + 0.34 * n), width=min(WIDTH, 3.2 + 0.5 * n)) as (figure, axes):
         image = axes.imshow(np.ma.masked_invalid(matrix), cmap="cividis", vmin=0, vmax=100, aspect="auto")
         for (i, j), value in np.ndenumerate(matrix):
             if np.isfinite(value) and n <= 16:
@@ -129,7 +90,7 @@ def transfer_figure(runs: Runs) -> Figure:
     from treelora.evaluation.matrix import backward_transfer, matrix_from_table, overall_performance
 
     modes = list(dict.fromkeys(mode for _, scores in runs for mode in modes_of(scores)))
-    with _figure(height=3.6, rows=2) as (figure, (upper, lower)):
+    with new_figure(height=3.6, rows=2) as (figure, (upper, lower)):
         last = 1
         for (run, scores), style in zip(runs, LINES, strict=False):
             for mode in modes_of(scores):
@@ -146,9 +107,8 @@ def transfer_figure(runs: Runs) -> Figure:
                 upper.plot(full, [overall_performance(matrix, n) for n in full], label=label, **look)
                 lower.plot(known, [backward_transfer(matrix, n) for n in known], **look)
                 last = max(last, len(matrix))
-        upper.set(
-            title="Overall performance: mean score so far (more is better)", ylabel="OP (%)", ylim=(0, 102)
-        )
+        upper.set(title="Overall performance: mean score so far (more is better)", ylabel="OP (%)")
+        upper.margins(y=0.15)
         lower.set(title="Backward transfer: what was forgotten (less is better)", ylabel="BWT (points)")
         lower.set(
             xlabel="tasks learnt", xticks=range(1, last + 1, max(1, last // 12)), xlim=(0.8, last + 0.2)
@@ -161,18 +121,18 @@ def transfer_figure(runs: Runs) -> Figure:
 
 
 def loss_figure(runs: Runs) -> Figure:
-    """Loss over steps, faint, and its moving mean; the boundaries of the first run's tasks are marked."""
-    with _figure(height=2.9) as (figure, axes):
-        for i, (run, steps) in enumerate(runs):
-            at, loss = steps["global_step"].to_numpy(), steps["loss"].to_numpy()
-            colour, style = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
-            axes.plot(at, loss, color=colour, alpha=0.3, linewidth=0.8)
-            axes.plot(at, _smooth(steps), color=colour, linewidth=1.6, linestyle=style, label=run)
-        axes.set(title="Training loss", xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
-        axes.grid(axis="y")
-        _mark_tasks(axes, runs[0][1])
-        if len(runs) > 1:
-            figure.legend(loc="outside lower center", ncols=len(runs))
+    """Loss over steps, faint, and its moving mean; the first run's tasks are marked."""
+    with new_figure(height=2.9) as (figure, axes):
+        axes.set(title="Training loss", ylabel="loss (nats a token)")
+        _curves(axes, runs, "loss", smooth=True)
+        return figure
+
+
+def penalty_figure(runs: Runs) -> Figure:
+    """How far the penalty moves the adapter, against how far the loss does, over steps."""
+    with new_figure(height=2.4) as (figure, axes):
+        axes.set(title="Strength of the penalty", ylabel="update by penalty /\nupdate by loss")
+        _curves(axes, runs, "penalty_ratio", smooth=False)
         return figure
 
 
@@ -190,34 +150,19 @@ def arms_figure(steps: pa.Table, names: dict[int, str]) -> Figure:
     image = np.full((tasks, len(edges) - 1), np.nan)
     for b in np.unique(bins):
         image[:, b] = share[bins == b].mean(axis=0)
-    with _figure(height=max(2.0, 1.3 + 0.26 * tasks)) as (figure, axes):
+        image[rows["task_index"].to_numpy()[bins == b].max() :, b] = np.nan  # not learnt yet, so no arm
+    with new_figure(height=max(2.0, 1.3 + 0.26 * tasks)) as (figure, axes):
         extent = (float(edges[0]), float(edges[-1]), tasks - 0.5, -0.5)
         shown = axes.imshow(
             np.ma.masked_invalid(image), cmap="cividis", vmin=0, vmax=1, aspect="auto", extent=extent,
             interpolation="nearest",
         )  # fmt: skip
-        axes.set_yticks(range(tasks), [_short(names.get(i, f"task {i}")) for i in range(tasks)])
+        axes.set_yticks(range(tasks), [short(names.get(i, f"task {i}")) for i in range(tasks)])
         axes.set(title="Arms: which past task the layers look at", xlabel="step", ylabel="past task")
-        _mark_tasks(axes, rows, colour="white")
+        _mark_tasks(axes, rows)
         figure.colorbar(shown, ax=axes, label="share of layers", fraction=0.04, pad=0.02).outline.set_visible(
             False
         )
-        return figure
-
-
-def penalty_figure(runs: Runs) -> Figure:
-    """How far the penalty moves the adapter, against how far the loss does, over steps."""
-    with _figure(height=2.4) as (figure, axes):
-        for i, (run, steps) in enumerate(runs):
-            rows = steps.filter(steps["penalty_ratio"].is_valid())
-            look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
-            axes.plot(rows["global_step"].to_numpy(), rows["penalty_ratio"].to_numpy(), label=run, **look)
-        axes.set(title="Strength of the penalty", xlabel="step", ylim=(0, None))
-        axes.set_ylabel("update by penalty /\nupdate by loss")
-        axes.grid(axis="y")
-        _mark_tasks(axes, runs[0][1])
-        if len(runs) > 1:
-            figure.legend(loc="outside lower center", ncols=len(runs))
         return figure
 
 
@@ -233,7 +178,7 @@ def tree_figure(tree: TreeSnapshot) -> Figure:
             leaves.append(node)
         else:
             waiting += [tree.right[node], tree.left[node]]
-    with _figure(height=0.95 + 0.25 * len(leaves)) as (figure, axes):
+    with new_figure(height=0.95 + 0.25 * len(leaves)) as (figure, axes):
         for node in reversed(range(len(place))):  # children have larger numbers, so theirs are known
             if tree.left[node] < 0:
                 continue
@@ -243,8 +188,8 @@ def tree_figure(tree: TreeSnapshot) -> Figure:
             for child in children:
                 ends = [tree.delta[child], tree.delta[node]]
                 axes.plot(ends, [place[child]] * 2, color=COLOURS[0], linewidth=1.6)
-        axes.set_yticks(range(len(leaves)), [_short(tree.names[tree.task[leaf]], 32) for leaf in leaves])
-        axes.set(ylim=(len(leaves) - 0.5, -0.5), xlim=(0, max(*tree.delta, 1e-9) * 1.04))
+        axes.set_yticks(range(len(leaves)), [short(tree.names[tree.task[leaf]], 32) for leaf in leaves])
+        axes.set(ylim=(len(leaves) - 0.5, -0.5), xlim=(0, max(tree.delta) * 1.04 or 1))
         axes.set_xlabel("diameter of the tasks below: distance of signatures, mean over layers")
         axes.set_title(f"Tree after task {tree.after_index + 1}")
         axes.tick_params(axis="y", length=0)
@@ -252,43 +197,16 @@ def tree_figure(tree: TreeSnapshot) -> Figure:
         return figure
 
 
-@contextmanager
-def _figure(height: float, width: float = WIDTH, rows: int = 1) -> Iterator[tuple[Figure, Any]]:
-    # A Figure without pyplot: no global state, and no window system is asked for.
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure, figure.subplots(rows, 1, sharex=True)
-
-
-def _rendered(figure: Figure, extension: str) -> bytes:
-    from matplotlib import rc_context
-
-    out = io.BytesIO()
-    with rc_context(_STYLE), warnings.catch_warnings():
-        # names may be in a script that the font lacks; in a page the browser has it
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        if extension == "svg":
-            figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        else:
-            figure.savefig(out, format=extension, dpi=150, facecolor="white")
-    return out.getvalue()
-
-
-def _mark_tasks(axes: Axes, steps: pa.Table, colour: str = INK) -> None:
+def _mark_tasks(axes: Axes, steps: pa.Table) -> None:
     """Dotted lines where a task begins, and the names above the plot where they have room."""
     index, at = steps["task_index"].to_numpy(), steps["global_step"].to_numpy()
-    starts = np.flatnonzero(np.diff(index, prepend=index[0] - 1)) if len(index) else []
+    starts = np.flatnonzero(np.diff(index, prepend=-1))
     for n, row in enumerate(starts):
         if n:
-            axes.axvline(at[row] - 0.5, color=colour, linewidth=0.8, linestyle=":", alpha=0.7)
+            axes.axvline(at[row] - 0.5, color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
         if len(starts) <= 8:
             end = starts[n + 1] - 1 if n + 1 < len(starts) else len(at) - 1
-            name = _short(str(steps["task"][int(row)].as_py()), 80 // len(starts))
+            name = short(str(steps["task"][int(row)].as_py()), 80 // len(starts))
             axes.annotate(
                 name, ((at[row] + at[end]) / 2, 1), (0, 1), xycoords=("data", "axes fraction"),
                 textcoords="offset points", ha="center", va="bottom", fontsize=7, alpha=0.8,
@@ -297,18 +215,30 @@ def _mark_tasks(axes: Axes, steps: pa.Table, colour: str = INK) -> None:
         axes.set_title(axes.get_title(loc="left"), pad=14, loc="left")
 
 
-def _smooth(steps: pa.Table) -> np.ndarray:
-    """Moving mean of the loss, anew for each task; steps without a finite loss are passed over."""
-    loss, index = steps["loss"].to_numpy(), steps["task_index"].to_numpy()
-    smooth = np.empty_like(loss)
-    mean = np.nan
-    for i, value in enumerate(loss):
-        fresh = i == 0 or index[i] != index[i - 1] or not np.isfinite(mean)
-        if np.isfinite(value):
-            mean = value if fresh else mean + SMOOTHING * (value - mean)
-        smooth[i] = mean
+def _curves(axes: Axes, runs: Runs, column: str, *, smooth: bool) -> None:
+    for i, (run, steps) in enumerate(runs):
+        rows = steps.filter(steps[column].is_valid())
+        at, values = rows["global_step"].to_numpy(), rows[column].to_numpy()
+        look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
+        if smooth:
+            axes.plot(at, values, color=look["color"], alpha=0.3, linewidth=0.8)
+            values = _smooth(values, rows["task_index"].to_numpy())
+        axes.plot(at, values, label=run, linewidth=1.6, **look)
+    axes.set(xlabel="step", ylim=(0, None))
+    axes.grid(axis="y")
+    _mark_tasks(axes, runs[0][1].filter(runs[0][1][column].is_valid()))
+    if len(runs) > 1:
+        axes.figure.legend(loc="outside lower center", ncols=len(runs))
+
+
+def _smooth(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Centred moving mean over an eighth of a task's steps, within the task; NaN and infinity are left out."""
+    smooth = np.full(len(values), np.nan)
+    for task in np.unique(index):
+        mine = index == task
+        finite = np.isfinite(values[mine])
+        kernel = np.ones(min(2 * (mine.sum() // 16) + 1, mine.sum()))
+        total = np.convolve(np.where(finite, values[mine], 0.0), kernel, "same")
+        count = np.convolve(finite.astype(float), kernel, "same")
+        smooth[mine] = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
     return smooth
-
-
-def _short(name: str, width: int = 18) -> str:
-    return name if len(name) <= width else f"{name[: width - 5]}…{name[-4:]}"

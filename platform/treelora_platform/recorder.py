@@ -21,7 +21,7 @@ from treelora.data.names import slugify
 from treelora.data.task import Task
 from treelora.evaluation.matrix import Score
 from treelora.loop import Position, StepRecord, TaskRecord
-from treelora_platform.run_tables import SCORES, STEPS, TASKS, step_parts
+from treelora_platform.run_tables import SCORES, STEPS, TASKS, read_scores, read_table, read_tasks, steps_parts
 
 FLUSH_S = 5.0
 
@@ -44,15 +44,14 @@ class Recorder:
 
     def rewind(self, position: Position, units: Sequence[str]) -> None:
         """Forget what lies after a commit."""
-        for part in step_parts(self.run_dir):
+        for part in steps_parts(self.run_dir):
             if part.last > position.global_step:
                 part.path.unlink()
         done = set(units[: position.unit])
-        for path in (self._table("scores"), self._table("tasks")):
-            if path.exists():
-                table = pq.read_table(path)
-                column = "after_task" if "after_task" in table.column_names else "task"
-                _write(table.filter(pa.array([name in done for name in table[column].to_pylist()])), path)
+        for name, read, column in (("scores", read_scores, "after_task"), ("tasks", read_tasks, "task")):
+            table = read(self.run_dir)
+            if table.num_rows:
+                _write(table.filter(pa.array([unit in done for unit in table[column].to_pylist()])), self._table(name))
         for path in (self.run_dir / "tree").glob("*.json"):
             if int(path.name.split("-")[0]) >= position.unit + position.trained:
                 path.unlink()
@@ -106,7 +105,7 @@ class Recorder:
 def _append(rows: list[dict[str, Any]], schema: pa.Schema, path: Path) -> None:
     table = pa.Table.from_pylist(rows, schema=schema)
     if path.exists():
-        table = pa.concat_tables([pq.read_table(path, schema=schema), table])
+        table = pa.concat_tables([read_table(path, schema).cast(schema), table])
     _write(table, path)
 
 

@@ -95,7 +95,7 @@ class TreeSnapshot:
     delta: tuple[float, ...]
 
 
-def step_parts(run_dir: Path) -> list[StepsPart]:
+def steps_parts(run_dir: Path) -> list[StepsPart]:
     """The parts in order of their first step; files with other names (half-written ones) are not parts."""
     folder = run_dir / "tables" / "steps"
     found = ((path, _PART.fullmatch(path.name)) for path in (folder.iterdir() if folder.is_dir() else ()))
@@ -114,7 +114,7 @@ def read_steps(run_dir: Path, after: int = -1, columns: list[str] | None = None)
     schema = (
         STEPS if columns is None else pa.schema([STEPS.field(name) for name in ["global_step", *columns]])
     )
-    tables = [read_table(part.path, schema) for part in step_parts(run_dir) if part.last > after]
+    tables = [read_table(part.path, schema) for part in steps_parts(run_dir) if part.last > after]
     table = pa.concat_tables(tables) if tables else schema.empty_table()
     steps = table["global_step"].to_numpy()
     order = np.argsort(steps, kind="stable")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,8 @@ from treelora_platform.run_tables import read_config_yaml, read_run_json, read_s
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+NOT_MEASURED = "–"
 
 
 @dataclass(frozen=True)
@@ -112,40 +114,47 @@ def render_comparison(summaries: Sequence[RunSummary]) -> Table:
     table.add_column("", no_wrap=True)
     for summary in summaries:
         table.add_column(Text(f"{summary.name}\n{summary.method}"), justify="right")
-    for label, values, best in _comparison(summaries):
-        marked = {i for i, value in enumerate(values) if best is not None and value == best}
-        cells = [Text(value, "bold" if i in marked else "") for i, value in enumerate(values)]
-        table.add_row(Text(label), *cells)
+    for row in compare(summaries):
+        cells = [Text(value, "bold" if value == row.best else "") for value in row.values]
+        table.add_row(Text(row.label), *cells)
     return table
 
 
-def comparison_rows(summaries: Sequence[RunSummary]) -> list[tuple[str, list[str]]]:
-    """Label and one text a run, as `render_comparison` and the report show them."""
-    return [(label, values) for label, values, _ in _comparison(summaries)]
+@dataclass(frozen=True)
+class Comparison:
+    """A number of several runs, as texts, one a run; `best` is the text of the best where one is better."""
+
+    label: str
+    values: tuple[str, ...]
+    best: str | None = None
 
 
-def _comparison(summaries: Sequence[RunSummary]) -> list[tuple[str, list[str], str | None]]:
-    rows: list[tuple[str, list[str], str | None]] = []
-    modes = list(dict.fromkeys(mode for summary in summaries for mode in summary.modes))
-    for mode in modes:
+def compare(summaries: Sequence[RunSummary]) -> list[Comparison]:
+    """The rows that `render_comparison` and the report show; scores that no run has are left out."""
+    rows: list[Comparison] = []
+    for mode in dict.fromkeys(mode for summary in summaries for mode in summary.modes):
         found = [summary.modes.get(mode, ModeSummary(None, None)) for summary in summaries]
-        for label, values, better in (
-            (f"OP {mode} (%)", [m.op for m in found], max),
-            (f"BWT {mode} (points)", [m.bwt for m in found], min),
-            (f"FWT {mode} (points)", [m.fwt for m in found], max),
-        ):
-            measured = [v for v in values if v is not None]
-            if measured:
-                best = _number(better(measured)) if len(measured) > 1 else None
-                rows.append((label, [_number(v) for v in values], best))
-    rows += [
-        ("tasks learnt", [str(len(s.tasks)) for s in summaries], None),
-        ("training time", [format_seconds(s.seconds) for s in summaries], None),
-        ("tokens trained on", [f"{s.tokens:,}" for s in summaries], None),
-        ("tokens per second", [_number(s.tokens_per_second) for s in summaries], None),
-        ("stored", [format_bytes(s.stored_bytes) for s in summaries], None),
+        rows += _scores(f"OP {mode} (%)", [m.op for m in found], max)
+        rows += _scores(f"BWT {mode} (points)", [m.bwt for m in found], min)
+        rows += _scores(f"FWT {mode} (points)", [m.fwt for m in found], max)
+    return [
+        *rows,
+        Comparison("tasks learnt", tuple(str(len(s.tasks)) for s in summaries)),
+        Comparison("training time", tuple(format_seconds(s.seconds) for s in summaries)),
+        Comparison("tokens trained on", tuple(f"{s.tokens:,}" for s in summaries)),
+        Comparison("tokens per second", tuple(format_number(s.tokens_per_second) for s in summaries)),
+        Comparison("stored", tuple(format_bytes(s.stored_bytes) for s in summaries)),
     ]
-    return rows
+
+
+def _scores(label: str, values: list[float | None], better: Callable[..., float]) -> list[Comparison]:
+    measured = [value for value in values if value is not None]
+    if not measured:
+        return []
+    texts = tuple(format_number(value) for value in values)
+    # equal texts are a tie, however the digits behind them differ
+    best = format_number(better(measured)) if len({t for t in texts if t != NOT_MEASURED}) > 1 else None
+    return [Comparison(label, texts, best)]
 
 
 def format_seconds(seconds: float) -> str:
@@ -165,8 +174,9 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+def format_number(value: float | None) -> str:
+    """Two decimals, none from a thousand on; a dash for what was not measured."""
+    return NOT_MEASURED if value is None else f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _stored_bytes(tasks: pa.Table) -> int:

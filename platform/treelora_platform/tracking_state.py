@@ -94,14 +94,19 @@ def loggable_params(params: Mapping[str, Any]) -> dict[str, str]:
     """What a server may see: known sections, flat, without secrets, values of 500 characters at most."""
     return {
         clean_key(key): _short(value)
-        for key, value in _flatten(params)
-        if key.split(".")[0] in PARAMETERS and not key.startswith(_FREE_FORM) and not _SECRET.search(key)
+        for key, value in flatten(params)
+        if key.split(".")[0] in PARAMETERS and not key.startswith(_FREE_FORM) and not is_secret(key)
     }
 
 
 def loggable_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Tags without secrets, values of 500 characters at most."""
-    return {clean_key(key): _short(value) for key, value in tags.items() if not _SECRET.search(key)}
+    return {clean_key(key): _short(value) for key, value in tags.items() if not is_secret(key)}
+
+
+def is_secret(key: str) -> bool:
+    """Whether the value behind `key` must not leave the machine."""
+    return bool(_SECRET.search(key))
 
 
 def clean_key(key: str) -> str:
@@ -120,9 +125,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= VALUE_CHARS else text[: VALUE_CHARS - 1] + "…"
 
 
-def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; an empty mapping is a value."""
     for key, value in params.items():
         if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -1,4 +1,5 @@
 import hashlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_shards_add_up(dim, cuts, seed):
     first, second = whole_numbers([dim, 7], seed)
     edges = [0, *sorted(min(cut, dim) for cut in cuts), dim]
     total = torch.zeros(2, 8)
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         total += sketch.sketch([first[start:stop], second[:0]], offset=[start, 0])
     total += sketch.sketch([first[:0], second], offset=0)
     assert torch.equal(total, sketch.sketch([first, second]))

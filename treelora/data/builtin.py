@@ -1,6 +1,6 @@
 """The built-in stream: six small tasks in plain English, made by code, with nothing to download.
 
-All tasks read notes from one corpus ("Yesterday Anna loved the old horse.") and differ in what they ask: a
+All tasks read notes from one corpus ("Last night the horse fell asleep and Anna smiled happily.") and differ in what they ask: a
 rule (mood, time or subject of the note) and a vocabulary (colours or directions) that must be learnt to answer
 it. Each rule meets both vocabularies and each vocabulary all rules, so a tree of tasks can be scored by rule
 and by vocabulary apart. Every note has a mood, a time and a subject, drawn independently: only the question
@@ -21,103 +21,107 @@ from treelora.errors import DataError
 
 T = TypeVar("T")
 
-_NAMES = [
-    "Anna",
-    "Ben",
-    "Clara",
-    "David",
-    "Emma",
-    "Frank",
-    "Grace",
-    "Henry",
-    "Irene",
-    "Jack",
-    "Kate",
-    "Leo",
-    "Maria",
-    "Nina",
-    "Oscar",
-    "Paul",
-    "Rosa",
-    "Sam",
-    "Tina",
-    "Victor",
-]
-_ADJECTIVES = [
-    "old",
-    "young",
-    "big",
-    "small",
-    "quiet",
-    "noisy",
-    "brown",
-    "white",
-    "famous",
-    "strange",
-    "slow",
-    "quick",
-    "heavy",
-    "clean",
-]
-_PLACES = [
-    "near the lake",
-    "at the market",
-    "by the school",
-    "in the village",
-    "on the bridge",
-    "behind the barn",
-    "at the harbour",
-    "in the valley",
-    "by the station",
-    "outside the museum",
-]
-# Verbs as (past, future).
-_MEETINGS = (("met", "will meet"), ("saw", "will see"), ("found", "will find"), ("watched", "will watch"))
-_MOODS = {
-    "positive": (("smiled", "smile"), ("laughed", "laugh"), ("cheered", "cheer"), ("felt happy", "feel happy"), ("felt proud", "feel proud")),
-    "negative": (("cried", "cry"), ("wept", "weep"), ("cursed", "curse"), ("felt sad", "feel sad"), ("felt angry", "feel angry")),
-}
+_NAMES = tuple(
+    [
+        "Anna",
+        "Ben",
+        "Clara",
+        "David",
+        "Emma",
+        "Frank",
+        "Grace",
+        "Henry",
+        "Irene",
+        "Jack",
+        "Kate",
+        "Leo",
+        "Maria",
+        "Nina",
+        "Oscar",
+        "Paul",
+        "Rosa",
+        "Sam",
+        "Tina",
+        "Victor",
+    ]
+)
 _TIMES = {
     "past": ("yesterday", "last night", "last week", "last summer", "two days ago", "an hour ago"),
     "future": ("tomorrow", "tomorrow night", "next week", "next summer", "in two days", "in an hour"),
 }
 _SUBJECTS = {
-    "animal": [
-        "horse",
-        "dog",
-        "cat",
-        "cow",
-        "sheep",
-        "goat",
-        "lion",
-        "tiger",
-        "bear",
-        "wolf",
-        "fox",
-        "rabbit",
-        "duck",
-        "owl",
-        "pig",
-        "donkey",
-    ],
-    "vehicle": [
-        "car",
-        "bus",
-        "truck",
-        "train",
-        "tram",
-        "van",
-        "taxi",
-        "lorry",
-        "bicycle",
-        "motorbike",
-        "tractor",
-        "boat",
-        "ship",
-        "ferry",
-        "plane",
-        "jeep",
-    ],
+    "animal": tuple(
+        [
+            "horse",
+            "dog",
+            "cat",
+            "cow",
+            "sheep",
+            "goat",
+            "lion",
+            "tiger",
+            "bear",
+            "wolf",
+            "fox",
+            "rabbit",
+            "duck",
+            "owl",
+            "pig",
+            "donkey",
+        ]
+    ),
+    "vehicle": tuple(
+        [
+            "car",
+            "bus",
+            "truck",
+            "train",
+            "tram",
+            "van",
+            "taxi",
+            "lorry",
+            "bicycle",
+            "motorbike",
+            "tractor",
+            "boat",
+            "ship",
+            "ferry",
+        ]
+    ),
+}
+# What subjects do and how people feel about it, as (past, future). Every value shows in two words at least:
+# a small model has to find them in some 20 steps.
+_DEEDS = {
+    "animal": (
+        ("ate some food", "will eat some food"),
+        ("fell asleep", "will fall asleep"),
+        ("had a baby", "will have a baby"),
+        ("drank water", "will drink water"),
+        ("hunted for food", "will hunt for food"),
+    ),
+    "vehicle": (
+        ("ran out of fuel", "will run out of fuel"),
+        ("was repaired", "will be repaired"),
+        ("was repainted", "will be repainted"),
+        ("needed an engine", "will need an engine"),
+        ("was parked", "will be parked"),
+    ),
+}
+_MOODS = {
+    "positive": (
+        ("smiled happily", "will smile happily"),
+        ("was happy and proud", "will be happy and proud"),
+        ("laughed with joy", "will laugh with joy"),
+        ("was glad and cheerful", "will be glad and cheerful"),
+        ("cheered with delight", "will cheer with delight"),
+    ),
+    "negative": (
+        ("cried bitterly", "will cry bitterly"),
+        ("was sad and angry", "will be sad and angry"),
+        ("wept with grief", "will weep with grief"),
+        ("was upset and gloomy", "will be upset and gloomy"),
+        ("screamed with rage", "will scream with rage"),
+    ),
 }
 _VALUES: dict[str, tuple[str, str]] = {
     "mood": ("positive", "negative"),
@@ -138,20 +142,12 @@ class _Spec:
 
 # Interleaved: neighbours differ in both. Within a vocabulary the rules disagree about most notes.
 _SPECS: dict[str, _Spec] = {
-    "mood-colours": _Spec("mood", "colours", "Which colour is the feeling, red or blue?", ("red", "blue")),
-    "time-directions": _Spec(
-        "time", "directions", "Which side has the date, left or right?", ("left", "right")
-    ),
-    "subject-colours": _Spec(
-        "subject", "colours", "Which paint for the thing, red or blue?", ("blue", "red")
-    ),
-    "mood-directions": _Spec(
-        "mood", "directions", "Which way does the heart turn, left or right?", ("right", "left")
-    ),
-    "time-colours": _Spec("time", "colours", "Which ink marks the day, red or blue?", ("blue", "red")),
-    "subject-directions": _Spec(
-        "subject", "directions", "Which shelf for the toy, left or right?", ("left", "right")
-    ),
+    "time-colours": _Spec("time", "colours", "Past or future? Red or blue:", ("red", "blue")),
+    "mood-directions": _Spec("mood", "directions", "Good or bad mood? Left or right:", ("left", "right")),
+    "subject-colours": _Spec("subject", "colours", "Animal or machine? Red or blue:", ("blue", "red")),
+    "time-directions": _Spec("time", "directions", "Done or to come? Left or right:", ("right", "left")),
+    "mood-colours": _Spec("mood", "colours", "Happy or sad? Red or blue:", ("blue", "red")),
+    "subject-directions": _Spec("subject", "directions", "Does it live? Left or right:", ("left", "right")),
 }
 
 
@@ -172,15 +168,11 @@ def _note(rng: random.Random, values: Mapping[str, str]) -> str:
     def pick(items: Sequence[T]) -> T:
         return items[int(rng.random() * len(items))]
 
-    tense = values["time"] == "future"
+    future = values["time"] == "future"
     when = pick(_TIMES[values["time"]])
-    thing = f"the {pick(_ADJECTIVES)} {pick(_SUBJECTS[values['subject']])}"
-    place = f" {pick(_PLACES)}" if rng.random() < 0.5 else ""
-    deed = f"{pick(_NAMES)} {pick(_MEETINGS)[tense]} {thing}{place}"
-    mood = pick(_MOODS[values["mood"]])[tense]
-    if rng.random() < 0.5:
-        return f"{when[0].upper()}{when[1:]} {deed} and {mood}."
-    return f"{deed} {when} and {mood}."
+    subject = f"the {pick(_SUBJECTS[values['subject']])} {pick(_DEEDS[values['subject']])[future]}"
+    feeling = f"{pick(_NAMES)} {pick(_MOODS[values['mood']])[future]}"
+    return f"{when[0].upper()}{when[1:]} {subject} and {feeling}."
 
 
 def generate(

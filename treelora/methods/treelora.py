@@ -76,6 +76,7 @@ class TreeLoRA(Method):
         self.signatures: list[dict[str, Tensor]] = []
         """Full mean gradients of the past tasks, where the penalty needs them."""
         self._resumed: dict[str, Tensor] = {}
+        self._step = 0
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
@@ -152,6 +153,8 @@ class TreeLoRA(Method):
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Method`."""
+        if self._step == 0:  # nothing was learnt since the state was loaded
+            return dict(self._resumed)
         state = self.source.state_dict() | pack_past(self.signatures)
         state["step"] = torch.tensor(self._step)
         if self._observation is not None:

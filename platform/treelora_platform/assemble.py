@@ -1,0 +1,162 @@
+"""From a configuration to a stream loop: model, engine, data, method, evaluator. Nothing here knows of Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from treelora.adapters import LoraSpec, attach_lora, layer_names
+from treelora.data.batches import BatchPlan
+from treelora.data.task import Task
+from treelora.data.tokenize import PromptStyle, TokenizedRows, tokenize_split
+from treelora.engine import Engine, OptimizerSpec
+from treelora.evaluation.evaluator import EvaluationOptions, Evaluator
+from treelora.loop import Hooks, LoopOptions, StreamLoop
+from treelora.memory import MemoryConfig
+from treelora.methods import METHODS, Memory, Method, TreeLoRA, TreeLoRAOptions
+from treelora.models.causal import ModelSpec, load_model, load_tokenizer
+from treelora.training_data import Split, TestSplit, Unit, choose_rows, test_split
+from treelora_platform.config import ExperimentConfig, StreamConfig
+from treelora_platform.prepare import joint_steps, steps_of
+
+MakeEngine = Callable[[nn.Module, OptimizerSpec], Engine]
+MakeMemory = Callable[[MemoryConfig], Memory]
+
+
+def load_adapted_model(config: ExperimentConfig) -> Any:
+    """The frozen base model with its LoRA adapters."""
+    model, lora = config.model, config.lora
+    spec = ModelSpec(model.name, model.dtype, model.gradient_checkpointing, model.random_weights, config.seed)
+    shape = LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.target_modules, lora.layers)
+    return attach_lora(load_model(spec), shape, config.seed)
+
+
+def optimizer_spec(config: ExperimentConfig) -> OptimizerSpec:
+    """The optimizer of an experiment."""
+    return OptimizerSpec(weight_decay=config.train.weight_decay, clip=config.train.clip)
+
+
+def assemble(
+    config: ExperimentConfig,
+    tasks: list[Task],
+    cache: Path,
+    hooks: Hooks,
+    make_engine: MakeEngine,
+    make_memory: MakeMemory,
+) -> StreamLoop:
+    """A loop at the start of its stream. Collective.
+
+    Args:
+        cache: Folder for tokenised rows, shared by all workers.
+        make_memory: Called on rank 0 only, by method `treelora`.
+    """
+    tokenizer = load_tokenizer(config.model.name)
+    engine = make_engine(load_adapted_model(config), optimizer_spec(config))
+    if engine.rank != 0:
+        engine.broadcast(None)  # rank 0 tokenises first, the others find its cache
+    units, tests = _data(config, tasks, tokenizer, cache)
+    if engine.rank == 0:
+        engine.broadcast(None)
+    evaluation = config.evaluation
+    evaluator = Evaluator(
+        engine,
+        tests,
+        EvaluationOptions(
+            evaluation.modes,
+            evaluation.batch_rows,
+            evaluation.max_new_tokens,
+            evaluation.router_layer,
+            evaluation.router_rows,
+        ),
+        tokenizer,
+        tokenizer.pad_token_id,
+        partitioned=config.engine.kind == "deepspeed" and config.engine.zero_stage == 3,
+    )
+    train = config.train
+    options = LoopOptions(
+        learning_rate=train.learning_rate,
+        warmup=train.warmup,
+        min_lr=train.min_lr,
+        max_bad_steps=train.max_bad_steps,
+        commit_every=config.checkpoint.every_steps,
+        seed=config.seed,
+    )
+    return StreamLoop(engine, _method(config, engine, make_memory), units, evaluator, options, hooks)
+
+
+def memory_config(config: ExperimentConfig, layers: int) -> MemoryConfig:
+    """The memory's settings."""
+    tree = config.treelora
+    return MemoryConfig(
+        layers=layers,
+        sketch_size=tree.sketch_size,
+        tree=tree.tree,
+        search=tree.search,
+        blocks=tree.blocks,
+        exploration=tree.exploration,
+        seed=config.seed,
+    )
+
+
+def _method(config: ExperimentConfig, engine: Engine, make_memory: MakeMemory) -> Method:
+    if config.method != "treelora":
+        return METHODS[config.method]()
+    tree = config.treelora
+    layers = len(layer_names(list(engine.adapter_tensors())))
+    options = TreeLoRAOptions(
+        signature=tree.signature,
+        penalty=tree.penalty,
+        strength=tree.strength,
+        start=tree.start,
+        search=tree.search,
+        sketch_size=tree.sketch_size,
+        probe_batches=tree.probe_batches,
+        seed=config.seed,
+    )
+    return TreeLoRA(options, make_memory(memory_config(config, layers)) if engine.rank == 0 else None)
+
+
+def _data(config: ExperimentConfig, tasks: list[Task], tokenizer: Any, cache: Path) -> tuple[list[Unit], list[TestSplit]]:
+    style = PromptStyle(config.model.template, config.model.system_prompt)
+
+    def tokens(task: Task, split: str) -> TokenizedRows:
+        return tokenize_split(task, split, tokenizer, style, config.model.max_length, cache)
+
+    splits, tests = [], []
+    for task, settings in zip(tasks, _settings_by_task(config, tasks), strict=True):
+        rows = tokens(task, "train")
+        splits.append(Split(rows, choose_rows(rows.labels, settings.train_rows, settings.seed)))
+        tests.append(test_split(task, tokens(task, "test"), settings.test_rows, settings.seed))
+    return _units(config, tasks, splits, tokenizer.pad_token_id), tests
+
+
+def _settings_by_task(config: ExperimentConfig, tasks: list[Task]) -> list[StreamConfig]:
+    later = [settings for settings in config.extensions for _ in settings.order]
+    return [config.stream] * (len(tasks) - len(later)) + later
+
+
+def _units(config: ExperimentConfig, tasks: list[Task], splits: list[Split], pad_id: int) -> list[Unit]:
+    batch, accumulation = config.train.global_batch, config.train.accumulation
+    sizes = [len(split) for split in splits]
+    if METHODS[config.method].joint or not METHODS[config.method].trains:
+        everything = tuple(range(len(tasks)))
+        plan = BatchPlan(
+            sum(sizes), batch, max_steps=joint_steps(config, sizes), seed=config.seed, task_index=0
+        )
+        return [Unit("all tasks", everything, tuple(splits), plan, pad_id, accumulation)]
+    units = []
+    for i, (task, split) in enumerate(zip(tasks, splits, strict=True)):
+        plan = BatchPlan(len(split), batch, **steps_of(config, i, len(split)), seed=config.seed, task_index=i)
+        units.append(Unit(task.name, (i,), (split,), plan, pad_id, accumulation))
+    return units
+
+
+def device_for(config: ExperimentConfig) -> torch.device:
+    """The device of a worker: the GPU that Ray gave it, or the CPU."""
+    if config.cluster.gpus_per_worker > 0:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,132 @@
+"""Ray as the driver uses it: connect, keep the tree actor, fit the workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from treelora.errors import TreeLoRAError
+from treelora_platform.config import ExperimentConfig
+
+CONNECT_TIMEOUT_S = 10.0
+
+# Read by Ray at import and handed on to its processes.
+_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+# Ray's own messages would break the progress display; errors reach the user through our exceptions.
+_QUIET = ("ray", "ray.train", "ray.tune", "ray.data")
+
+
+def connect(config: ExperimentConfig) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine; does nothing when connected.
+
+    Raises:
+        TreeLoRAError: no cluster answers at that address.
+    """
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _expect_answer(address)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError) as error:
+            raise TreeLoRAError(f"RAY_ADDRESS {address!r}: {error}") from None
+        return
+    cluster = config.cluster
+    cpus = max(os.cpu_count() or 1, round(cluster.workers * cluster.cpus_per_worker))
+    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def _expect_answer(address: str) -> None:
+    import socket
+
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # `auto` and the like are Ray's to resolve
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise TreeLoRAError(f"RAY_ADDRESS {address!r}: nothing answers there ({error}); is the cluster up?") from None
+
+
+@contextmanager
+def tree_actor(name: str, wanted: bool) -> Iterator[None]:
+    """The run's tree actor for as long as it is needed."""
+    if not wanted:
+        yield
+        return
+    import ray
+
+    from treelora_platform.tree_actor import launch_tree_actor
+
+    actor = launch_tree_actor(name)
+    try:
+        yield
+    finally:
+        ray.kill(actor)
+
+
+def fit(config: ExperimentConfig, job: dict[str, Any], run_dir: Path, attempt: int) -> str | None:
+    """Run the workers to the end of the stream.
+
+    Returns:
+        None, or why they failed.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from treelora_platform.worker import run_worker
+
+    cluster = config.cluster
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config=job,
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            # a name of its own for each attempt: Ray would silently take an old one for a run to resume
+            name=f"attempt-{attempt}-{int(time.time())}",
+            storage_path=str(run_dir / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        return explain(error)
+    return None
+
+
+def explain(error: BaseException) -> str:
+    """The innermost cause of a failure on the workers, in a line or two; our own errors speak for themselves."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank, cause in sorted(failures.items()):
+        inner = getattr(cause, "cause", None) or cause
+        if isinstance(inner, TreeLoRAError):
+            return str(inner)
+        text = str(inner).strip()
+        return f"worker {rank} failed: {text.splitlines()[-1] if text else type(inner).__name__}\n{text}"
+    return f"training failed: {error}"

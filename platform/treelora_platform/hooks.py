@@ -1,0 +1,119 @@
+"""What the platform does around the loop: rank 0 records, tracks and commits; the other ranks wait where they must."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from treelora.adapters import ADAPTER, load_adapter, save_adapter
+from treelora.data.names import slugify
+from treelora.engine import read_adapter
+from treelora.evaluation.matrix import Score
+from treelora.evaluation.router import GaussianRouter
+from treelora.loop import Position, StepRecord, StreamLoop, TaskRecord
+from treelora.methods import TreeLoRA
+from treelora_platform.checkpoint import Commit, write_commit
+from treelora_platform.recorder import Recorder
+from treelora_platform.tracking import Uploader
+
+
+class PlatformHooks:
+    """`treelora.loop.Hooks`; `recorder` and `uploader` exist on rank 0 only."""
+
+    def __init__(self, run_dir: Path, keep: int, recorder: Recorder | None, uploader: Uploader | None):
+        self.run_dir, self.keep = run_dir, keep
+        self.recorder, self.uploader = recorder, uploader
+        self._memory_bytes: int | None = None
+
+    def stage(self, unit: int, name: str, what: str) -> None:
+        """See `Hooks`."""
+        if self.recorder:
+            self.recorder.event("stage", unit=unit, task=name, what=what)
+
+    def stepped(self, record: StepRecord, steps: int) -> None:
+        """See `Hooks`."""
+        if self.recorder:
+            self.recorder.event(
+                "step", unit=record.task_index, task=record.task, step=record.step, steps=steps, loss=record.loss
+            )
+            if self.recorder.add_step(record):
+                self._notify()
+
+    def scored(self, scores: Sequence[Score], task: TaskRecord) -> None:
+        """See `Hooks`."""
+        if self.recorder:
+            self.recorder.add_scores(scores, task, self._memory_bytes)
+            self.recorder.event("scored", unit=task.task_index, task=task.task, scores=_mean_by_mode(scores))
+
+    def commit(self, position: Position, loop: StreamLoop) -> None:
+        """See `Hooks`."""
+        engine, method = loop.engine, loop.method
+        parts: dict[str, dict[str, Tensor]] = {"adapter": read_adapter(engine)}
+        within_task = 0 < position.step and not position.trained
+        if within_task:
+            parts["optimizer"] = engine.optimizer_state()
+        if loop.method.trains:
+            parts["method"] = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+        if engine.rank == 0:
+            assert self.recorder
+            self.recorder.flush()
+            if isinstance(method, TreeLoRA):
+                parts["memory"] = self._memory(method, position, loop)
+            if loop.evaluator.router.names:
+                parts["router"] = loop.evaluator.router.state_dict()
+            if position.trained and loop.bank:
+                self._save_adapter(position.unit, loop)
+            adapters = tuple(adapter_folder(i, loop.units[i].name) for i in range(len(loop.bank)))
+            write_commit(self.run_dir, Commit(position, adapters, parts), self.keep)
+            self.recorder.event("commit", unit=position.unit, step=position.step)
+            self._notify()
+        engine.broadcast(None)
+
+    def _memory(self, method: TreeLoRA, position: Position, loop: StreamLoop) -> dict[str, Tensor]:
+        assert method.memory and self.recorder
+        state = method.memory.state_dict()
+        self._memory_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        if position.trained:
+            self.recorder.write_tree(position.unit, loop.units[position.unit].name, method.memory.describe())
+        return state
+
+    def _save_adapter(self, unit: int, loop: StreamLoop) -> None:
+        folder = self.run_dir / "adapters" / adapter_folder(unit, loop.units[unit].name)
+        peft_config = loop.engine.module.peft_config[ADAPTER]  # type: ignore[index]
+        save_adapter(loop.bank[unit], peft_config, folder)
+
+    def _notify(self) -> None:
+        if self.uploader:
+            self.uploader.notify()
+
+
+def restore(loop: StreamLoop, commit: Commit, run_dir: Path) -> None:
+    """Bring a freshly assembled loop to where a commit was made. Collective.
+
+    Raises:
+        CheckpointError: an adapter that the commit names is missing or damaged.
+    """
+    parts = {name: dict(tensors) for name, tensors in commit.parts.items()}
+    loop.bank = [load_adapter(run_dir / "adapters" / folder) for folder in commit.adapters]
+    loop.engine.write_adapter(parts["adapter"])
+    loop.engine.load_optimizer_state(parts.get("optimizer", {}))
+    if isinstance(loop.method, TreeLoRA) and loop.method.memory:
+        loop.method.memory.load_state_dict(parts["memory"])
+    if "method" in parts:
+        loop.method.load_state_dict(parts["method"])
+    if "router" in parts:
+        loop.evaluator.router = GaussianRouter.from_state_dict(parts["router"])
+    loop.position = commit.position
+
+
+def adapter_folder(unit: int, name: str) -> str:
+    """Folder of a unit's adapter under `adapters/`."""
+    return f"{unit:04d}-{slugify(name)}"
+
+
+def _mean_by_mode(scores: Sequence[Score]) -> dict[str, float]:
+    modes = dict.fromkeys(score.mode for score in scores)
+    return {mode: float(torch.tensor([s.score for s in scores if s.mode == mode]).mean()) for mode in modes}

@@ -1,0 +1,235 @@
+"""The driver of one experiment: preflight, Ray, MLflow, workers, and the end of the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from treelora.errors import ConfigError, TreeLoRAError
+from treelora_platform.checkpoint import newest_commit
+from treelora_platform.config import ExperimentConfig, parse_config
+from treelora_platform.prepare import PreparedStream, cache_folder, check_storage, prepare_stream, run_folder
+from treelora_platform.provenance import versions
+from treelora_platform.run_tables import read_config_yaml, read_run_json
+
+RUN_JSON = "run.json"
+
+
+class RunFailedError(TreeLoRAError):
+    """The workers stopped before the stream was learnt; what was committed is safe."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    run_dir: Path
+    mlflow_run_id: str | None
+    already_complete: bool = False
+
+
+def run_experiment(
+    config: ExperimentConfig,
+    console: Console,
+    *,
+    fresh: bool = False,
+    force: bool = False,
+    parent_run_id: str | None = None,
+) -> Outcome:
+    """Run an experiment, or go on with it where it stopped; the same command does both.
+
+    Args:
+        config: What to run.
+        console: Where progress is shown.
+        fresh: Delete what an earlier run of this name has left, and begin anew.
+        force: Go on although the configuration differs from the one that the run began with.
+        parent_run_id: MLflow run of the sweep that this is a trial of.
+
+    Raises:
+        TreeLoRAError: with what the user can do about it.
+    """
+    check_storage(config)
+    check_resources(config)
+    run_dir = run_folder(config)
+    with _only_one(run_dir):
+        if fresh:
+            _clear(run_dir)
+        if _complete(run_dir, config, force):
+            return Outcome(run_dir, read_run_json(run_dir).get("mlflow_run_id"), already_complete=True)
+        with console.status("preparing the tasks"):
+            prepared = prepare_stream(config)
+        _show_skipped(prepared, console)
+        return _execute(config, prepared, run_dir, console, parent_run_id)
+
+
+def check_resources(config: ExperimentConfig) -> None:
+    """See that a local Ray could give the workers what they ask for; a cluster is asked later.
+
+    Raises:
+        ConfigError: need and have.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    cluster = config.cluster
+    need, have = cluster.workers * cluster.cpus_per_worker, os.cpu_count() or 1
+    if need > have:
+        raise ConfigError(
+            f"cluster: {cluster.workers} workers x {cluster.cpus_per_worker:g} CPUs need {need:g} CPUs, this machine has "
+            f"{have}; lower cluster.workers or cluster.cpus_per_worker, or set RAY_ADDRESS to a larger cluster"
+        )
+    if cluster.gpus_per_worker:
+        import torch
+
+        need, have = cluster.workers * cluster.gpus_per_worker, torch.cuda.device_count()
+        if need > have:
+            raise ConfigError(
+                f"cluster: {cluster.workers} workers x {cluster.gpus_per_worker:g} GPUs need {need:g} GPUs, this machine "
+                f"has {have}; set cluster.gpus_per_worker to 0, or RAY_ADDRESS to a cluster with GPUs"
+            )
+
+
+def _execute(
+    config: ExperimentConfig, prepared: PreparedStream, run_dir: Path, console: Console, parent_run_id: str | None
+) -> Outcome:
+    from treelora_platform.closing import close_run
+    from treelora_platform.cluster import connect, fit, tree_actor
+    from treelora_platform.progress import Watcher
+    from treelora_platform.tracking import start_run
+
+    known = read_run_json(run_dir)
+    name = config.name
+    record = {
+        "name": name,
+        "status": "RUNNING",
+        "config_hash": config.digest(),
+        "data_hash": prepared.fingerprint(),
+        "tasks": [task.name for task in prepared.stream],
+        "versions": versions(),
+        "created": known.get("created", time.time()),
+        "attempts": known.get("attempts", 0) + 1,
+    }
+    tags = {
+        "method": config.method,
+        "stream": config.stream.source,
+        "order": ", ".join(prepared.stream.names),
+        "seed": str(config.seed),
+        "data_hash": record["data_hash"][:16],
+        **{f"version.{package}": version for package, version in record["versions"].items()},
+        **config.tracking.tags,
+    }
+    (run_dir / "config.yaml").write_text(config.as_yaml(), encoding="utf-8")
+    run_id = start_run(
+        config.tracking.uri,
+        config.tracking.experiment,
+        name,
+        config.as_dict(),
+        tags,
+        parent_run_id,
+        run_dir=run_dir,
+        base=run_dir.parent,
+    )
+    record["mlflow_run_id"] = run_id
+    _write_record(run_dir, record)
+    job = {
+        "config": config.as_dict(),
+        "run_dir": str(run_dir),
+        "cache": str(cache_folder(config) / "tokens"),
+        "tasks": [asdict(task) | {"splits": dict(task.splits)} for task in prepared.stream],
+        "run_name": run_dir.name,
+        "tracking_uri": config.tracking.uri,
+        "mlflow_run_id": run_id,
+    }
+    commit, _ = newest_commit(run_dir)
+    if commit:
+        console.print(f"going on after {commit.position.global_step} steps, at task {commit.position.unit + 1}")
+    status, failure = "FAILED", None
+    try:
+        with Watcher(run_dir / "events.jsonl", console, config.method):
+            connect(config)
+            with tree_actor(run_dir.name, config.method == "treelora"):
+                failure = fit(config, job, run_dir, record["attempts"])
+        status = "FAILED" if failure else "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        record["status"] = status
+        _write_record(run_dir, record)
+        report = close_run(run_dir, config, run_id, status)
+    if failure:
+        raise RunFailedError(f"{failure}\nWhat was committed is in {run_dir}; the same command goes on from there")
+    if not report.sent:
+        console.print(f"[yellow]MLflow is not complete:[/] {report.error}. {report.hint}")
+    return Outcome(run_dir, run_id)
+
+
+def load_run_config(run_dir: Path) -> ExperimentConfig:
+    """Configuration that a run was made with.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    plain = read_config_yaml(run_dir)
+    if not plain:
+        raise ConfigError(f"{run_dir}: no run is there (no config.yaml)")
+    return parse_config(plain, origin=str(run_dir / "config.yaml"))
+
+
+def _complete(run_dir: Path, config: ExperimentConfig, force: bool) -> bool:
+    record = read_run_json(run_dir)
+    if not record:
+        return False
+    if record.get("config_hash") != config.digest() and not force:
+        changes = difference(load_run_config(run_dir), config)
+        raise ConfigError(
+            f"run {config.name!r} in {run_dir} was begun with another configuration:\n{changes}\n"
+            "choose another name, --fresh to begin anew, or --force to go on all the same"
+        )
+    return record.get("status") == "FINISHED" and record.get("config_hash") == config.digest()
+
+
+def difference(before: ExperimentConfig, after: ExperimentConfig) -> str:
+    """What differs between two configurations, a line a key."""
+    old, new = before.flat(), after.flat()
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return "\n".join(f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys)
+
+
+def _write_record(run_dir: Path, record: dict[str, Any]) -> None:
+    scratch = run_dir / f".{RUN_JSON}"
+    scratch.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    os.replace(scratch, run_dir / RUN_JSON)
+
+
+def _show_skipped(prepared: PreparedStream, console: Console) -> None:
+    for task, reasons in prepared.skipped.items():
+        listed = ", ".join(f"{count} ({reason})" for reason, count in reasons.items())
+        console.print(f"  [dim]{task}: rows left out: {listed}[/]")
+
+
+def _clear(run_dir: Path) -> None:
+    for entry in run_dir.iterdir():
+        if entry.name != ".lock":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+@contextmanager
+def _only_one(run_dir: Path) -> Iterator[None]:
+    import fcntl
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"run {run_dir.name!r} is being executed by another process ({run_dir}); wait or rename") from None
+        yield

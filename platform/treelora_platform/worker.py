@@ -1,0 +1,75 @@
+"""What each Ray Train worker runs: assemble, take up the last commit, and go through the stream."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from treelora.data.task import Task
+from treelora.engine import Engine, OptimizerSpec, TorchEngine
+from treelora.memory import MemoryConfig
+from treelora_platform.assemble import assemble, device_for
+from treelora_platform.checkpoint import newest_commit, remove_scratch
+from treelora_platform.config import ExperimentConfig, parse_config
+from treelora_platform.hooks import PlatformHooks, restore
+from treelora_platform.recorder import Recorder
+from treelora_platform.tracking import Uploader
+from treelora_platform.tree_actor import TreeClient
+
+
+def run_worker(job: dict[str, Any]) -> None:
+    """Entry point of a worker.
+
+    Args:
+        job: config (plain values), run_dir, cache, tasks (fields of each `Task`), run_name, tracking_uri, mlflow_run_id.
+    """
+    import ray.train
+
+    context = ray.train.get_context()
+    config = parse_config(job["config"])
+    _settle(config)
+    run_dir, tasks = Path(job["run_dir"]), [Task(**fields) for fields in job["tasks"]]
+    recorder = uploader = None
+    if context.get_world_rank() == 0:
+        remove_scratch(run_dir)
+        recorder = Recorder(run_dir, tasks)
+        recorder.event("stage", unit=0, task="", what="loading the model")
+        uploader = Uploader(run_dir, job["tracking_uri"], job["mlflow_run_id"])
+    hooks = PlatformHooks(run_dir, config.checkpoint.keep, recorder, uploader)
+    device = device_for(config)
+
+    def make_engine(module: nn.Module, spec: OptimizerSpec) -> Engine:
+        if config.engine.kind == "torch":
+            return TorchEngine(module, spec, device)
+        from treelora_platform.engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(module, spec, config, device)
+
+    def make_memory(settings: MemoryConfig) -> TreeClient:
+        return TreeClient(job["run_name"], settings, run=job["run_name"])
+
+    loop = assemble(config, tasks, Path(job["cache"]), hooks, make_engine, make_memory)
+    commit, troubles = newest_commit(run_dir)
+    if recorder:
+        for trouble in troubles:
+            recorder.event("warning", what=f"commit passed over: {trouble}")
+    if commit:
+        restore(loop, commit, run_dir)
+    if recorder:
+        recorder.rewind(loop.position, [unit.name for unit in loop.units])
+        steps = [unit.plan.steps if loop.method.trains else 0 for unit in loop.units]
+        recorder.event("begin", steps=steps, units=[unit.name for unit in loop.units], global_step=loop.position.global_step)
+    loop.run()
+    if recorder and uploader:
+        recorder.close()
+        uploader.close(timeout_s=10.0)
+
+
+def _settle(config: ExperimentConfig) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(config.cluster.threads_per_worker or max(1, int(config.cluster.cpus_per_worker)))
+    torch.use_deterministic_algorithms(config.cluster.gpus_per_worker == 0)
