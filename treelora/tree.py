@@ -159,10 +159,8 @@ class SignatureTree:
         """
         signatures = tree_check.checked_signatures(signatures)
         if signatures.shape[0] != self.tasks + 1 or signatures.shape[1] != self.layers:
-            need = f"[{self.tasks + 1}, {self.layers}, K]"
-            raise DataError(
-                f"insert: signatures {list(signatures.shape)}, need {need} with the new task last"
-            )
+            need = f"[{self.tasks + 1}, {self.layers}, K] with the new task last"
+            raise DataError(f"insert: signatures {list(signatures.shape)}, need {need}")
         distance_NL = layer_distances(signatures[-1], signatures[:-1])
         leaf = node = int(self.leaf[distance_NL.mean(axis=1).argmin()])
         delta = self.delta.copy()

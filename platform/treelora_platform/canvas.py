@@ -56,6 +56,14 @@ def new_figure(height: float, width: float = WIDTH, rows: int = 1) -> Iterator[t
         yield figure, figure.subplots(rows, 1, sharex=True)
 
 
+def legend_below(figure: Any, axes: Any) -> None:
+    """A legend of the axes' lines below the figure, in as many columns as have room."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        room = int(figure.get_figwidth() * 13 / (max(map(len, labels)) + 8))
+        figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(len(labels), room)))
+
+
 def render(figure: Figure, extension: str) -> bytes:
     """The figure as a file of that kind, such as `png`."""
     from matplotlib import rc_context

@@ -10,7 +10,17 @@ import numpy as np
 import pyarrow as pa
 
 from treelora.data.names import slugify
-from treelora_platform.canvas import COLOURS, INK, LINES, WIDTH, new_figure, render, short, to_svg
+from treelora_platform.canvas import (
+    COLOURS,
+    INK,
+    LINES,
+    WIDTH,
+    legend_below,
+    new_figure,
+    render,
+    short,
+    to_svg,
+)
 from treelora_platform.run_tables import TreeSnapshot, read_scores, read_steps, read_trees, task_names
 from treelora_platform.summary import modes_of
 
@@ -56,8 +66,15 @@ def run_figures(run_dir: Path) -> Iterator[tuple[str, Figure]]:
         yield "arms", arms_figure(steps, names)
     if steps.num_rows > steps["penalty_ratio"].null_count:
         yield "penalty", penalty_figure([("", steps)])
-    for tree in read_trees(run_dir):
-        yield f"tree-{tree.after_index:04d}", tree_figure(tree)
+    yield from tree_figures(read_trees(run_dir))
+
+
+def tree_figures(trees: Sequence[TreeSnapshot]) -> Iterator[tuple[str, Figure]]:
+    """Name and figure of each tree that has a branch, all with one axis of diameters."""
+    grown = [tree for tree in trees if len(tree.task) > 1]
+    widest = max((max(tree.delta) for tree in grown), default=None)
+    for tree in grown:
+        yield f"tree-{tree.after_index:04d}", tree_figure(tree, widest)
 
 
 def matrix_figure(scores: pa.Table, mode: str, names: dict[int, str]) -> Figure:
@@ -103,7 +120,7 @@ def transfer_figure(runs: Runs) -> Figure:
                     "marker": "o",
                     "markersize": 4,
                 }
-                label = f"{run}: {mode}" if run else mode
+                label = f"{short(run, 36)}: {mode}" if run else mode
                 upper.plot(full, [overall_performance(matrix, n) for n in full], label=label, **look)
                 lower.plot(known, [backward_transfer(matrix, n) for n in known], **look)
                 last = max(last, len(matrix))
@@ -116,7 +133,7 @@ def transfer_figure(runs: Runs) -> Figure:
         lower.axhline(0, color=INK, linewidth=0.8, alpha=0.6)
         for axes in (upper, lower):
             axes.grid(axis="y")
-        figure.legend(loc="outside lower center", ncols=min(4, max(1, len(modes) * len(runs))))
+        legend_below(figure, upper)
         return figure
 
 
@@ -166,8 +183,11 @@ def arms_figure(steps: pa.Table, names: dict[int, str]) -> Figure:
         return figure
 
 
-def tree_figure(tree: TreeSnapshot) -> Figure:
-    """The tree as a dendrogram: leaves on the left, a branch at the diameter of the tasks below it."""
+def tree_figure(tree: TreeSnapshot, widest: float | None = None) -> Figure:
+    """The tree as a dendrogram: leaves on the left, a branch at the diameter of the tasks below it.
+
+    `widest` ends the axis of diameters (default: at this tree's own), so that trees can be compared.
+    """
     place = [0.0] * len(tree.parent)
     leaves: list[int] = []
     waiting = [0]
@@ -189,7 +209,7 @@ def tree_figure(tree: TreeSnapshot) -> Figure:
                 ends = [tree.delta[child], tree.delta[node]]
                 axes.plot(ends, [place[child]] * 2, color=COLOURS[0], linewidth=1.6)
         axes.set_yticks(range(len(leaves)), [short(tree.names[tree.task[leaf]], 32) for leaf in leaves])
-        axes.set(ylim=(len(leaves) - 0.5, -0.5), xlim=(0, max(tree.delta) * 1.04 or 1))
+        axes.set(ylim=(len(leaves) - 0.5, -0.5), xlim=(0, (widest or max(tree.delta)) * 1.04 or 1))
         axes.set_xlabel("diameter of the tasks below: distance of signatures, mean over layers")
         axes.set_title(f"Tree after task {tree.after_index + 1}")
         axes.tick_params(axis="y", length=0)
@@ -209,7 +229,7 @@ def _mark_tasks(axes: Axes, steps: pa.Table) -> None:
             name = short(str(steps["task"][int(row)].as_py()), 80 // len(starts))
             axes.annotate(
                 name, ((at[row] + at[end]) / 2, 1), (0, 1), xycoords=("data", "axes fraction"),
-                textcoords="offset points", ha="center", va="bottom", fontsize=7, alpha=0.8,
+                textcoords="offset points", ha="center", va="bottom", fontsize=7,
             )  # fmt: skip
     if len(starts) <= 8:
         axes.set_title(axes.get_title(loc="left"), pad=14, loc="left")
@@ -223,16 +243,16 @@ def _curves(axes: Axes, runs: Runs, column: str, *, smooth: bool) -> None:
         if smooth:
             axes.plot(at, values, color=look["color"], alpha=0.3, linewidth=0.8)
             values = _smooth(values, rows["task_index"].to_numpy())
-        axes.plot(at, values, label=run, linewidth=1.6, **look)
+        axes.plot(at, values, label=short(run, 48), linewidth=1.6, **look)
     axes.set(xlabel="step", ylim=(0, None))
     axes.grid(axis="y")
     _mark_tasks(axes, runs[0][1].filter(runs[0][1][column].is_valid()))
     if len(runs) > 1:
-        axes.figure.legend(loc="outside lower center", ncols=len(runs))
+        legend_below(axes.figure, axes)
 
 
 def _smooth(values: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Centred moving mean over an eighth of a task's steps, within the task; NaN and infinity are left out."""
+    """Centred moving mean over an eighth of a task's steps, within the task, of finite values."""
     smooth = np.full(len(values), np.nan)
     for task in np.unique(index):
         mine = index == task

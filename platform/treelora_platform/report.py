@@ -57,8 +57,8 @@ class _Run:
 def write_report(run_dir: Path, out: Path | None = None, other: Path | None = None) -> Path:
     """Write the report of a run to `out` (default: `<run_dir>/report.html`), beside that of `other` if given.
 
-    The file is self-contained: inline figures and style, no scripts, nothing fetched. It shows whatever the run has got
-    so far, so it may be written in the middle of one.
+    The file is self-contained: inline figures and style, no scripts, nothing fetched. It shows what the run has so
+    far, so it may be written in the middle of one.
 
     Raises:
         DataError: a directory holds no run, or a table, tree or configuration in it is damaged.
@@ -147,9 +147,9 @@ def _curves(runs: Sequence[_Run]) -> list[Any]:
 
 
 def _section(number: int, run: _Run) -> dict[str, Any]:
-    from treelora_platform.figures import arms_figure, tree_figure
+    from treelora_platform.figures import arms_figure, tree_figures
 
-    trees = [_svg(tree_figure(tree), f"run{number}-tree{tree.after_index}") for tree in run.trees]
+    trees = [_svg(figure, f"run{number}-{name}") for name, figure in tree_figures(run.trees)]
     arms = run.steps["arms"].null_count < run.steps.num_rows
     return {
         "label": run.label,
@@ -162,21 +162,30 @@ def _section(number: int, run: _Run) -> dict[str, Any]:
 
 
 def _matrix(run: _Run, mode: str) -> dict[str, Any]:
-    from treelora.evaluation.matrix import matrix_from_table
+    from treelora.evaluation.matrix import baseline_from_table, matrix_from_table
 
-    matrix = matrix_from_table(run.scores, mode)
+    matrix, baseline = matrix_from_table(run.scores, mode), baseline_from_table(run.scores, mode)
     names = [run.names.get(i, f"task {i}") for i in range(len(matrix))]
-    complete = [np.isfinite(matrix[: n + 1, n]).all() for n in range(len(matrix))]
+    columns, means = list(names), [matrix[: n + 1, n].mean() for n in range(len(matrix))]
+    if np.isfinite(baseline).any():
+        matrix = np.column_stack([baseline, matrix])
+        columns, means = ["before training", *names], [baseline.mean(), *means]
+    measured = np.isfinite(matrix).any(axis=0)
     found = run.summary.modes[mode]
     return {
         "mode": mode,
-        "names": names,
-        "rows": [(name, [_cell(value) for value in row]) for name, row in zip(names, matrix, strict=True)],
-        "means": [
-            format_number(matrix[: n + 1, n].mean()) if complete[n] else "" for n in range(len(matrix))
+        "columns": [column for column, shown in zip(columns, measured, strict=True) if shown],
+        "rows": [
+            (name, [_cell(value) for value in row])
+            for name, row in zip(names, matrix[:, measured], strict=True)
         ],
+        "means": [_mean(mean) for mean, shown in zip(means, measured, strict=True) if shown],
         "numbers": [("OP", format_number(found.op)), ("BWT", format_number(found.bwt))],
     }
+
+
+def _mean(mean: float) -> str:
+    return format_number(mean) if np.isfinite(mean) else ""
 
 
 def _cell(value: float) -> dict[str, str] | None:
@@ -214,7 +223,7 @@ def _task(row: Mapping[str, Any]) -> list[str]:
 def _svg(figure: Figure, name: str) -> Any:
     from markupsafe import Markup
 
-    from treelora_platform.canvas import to_svg
+    from treelora_platform.canvas import COLOURS, to_svg
 
-    # matplotlib escapes the texts of a figure, so this is markup by right
-    return Markup(to_svg(figure, name))
+    # matplotlib escapes the texts of a figure, so it is markup. Its blue is too dark for a dark page.
+    return Markup(to_svg(figure, name).replace(COLOURS[0].lower(), "var(--accent)"))

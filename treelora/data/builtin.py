@@ -1,9 +1,9 @@
 """The built-in stream: six small tasks in plain English, made by code, with nothing to download.
 
-All tasks read notes from one corpus ("Last night the horse fell asleep and Anna smiled happily.") and differ in what they ask: a
-rule (mood, time or subject of the note) and a vocabulary (colours or directions) that must be learnt to answer
-it. Each rule meets both vocabularies and each vocabulary all rules, so a tree of tasks can be scored by rule
-and by vocabulary apart. Every note has a mood, a time and a subject, drawn independently: only the question
+All tasks read notes of one kind ("Last night the horse fell asleep and Anna smiled happily.") and differ in
+what they ask: a rule (time, mood or subject of the note) and a vocabulary (colours or directions) that must be
+learnt to answer it. Each rule meets both vocabularies and each vocabulary all rules, so a tree of tasks can be
+scored by rule and by vocabulary apart. Every note has a mood, a time and a subject, drawn independently: only the question
 says which of them counts, so learning one task pulls at the answers of the others. Chance is 1/2.
 """
 
@@ -21,72 +21,22 @@ from treelora.errors import DataError
 
 T = TypeVar("T")
 
-_NAMES = tuple(
-    [
-        "Anna",
-        "Ben",
-        "Clara",
-        "David",
-        "Emma",
-        "Frank",
-        "Grace",
-        "Henry",
-        "Irene",
-        "Jack",
-        "Kate",
-        "Leo",
-        "Maria",
-        "Nina",
-        "Oscar",
-        "Paul",
-        "Rosa",
-        "Sam",
-        "Tina",
-        "Victor",
-    ]
+_NAMES = (
+    *("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "Jack"),
+    *("Kate", "Leo", "Maria", "Nina", "Oscar", "Paul", "Rosa", "Sam", "Tina", "Victor"),
 )
 _TIMES = {
     "past": ("yesterday", "last night", "last week", "last summer", "two days ago", "an hour ago"),
     "future": ("tomorrow", "tomorrow night", "next week", "next summer", "in two days", "in an hour"),
 }
 _SUBJECTS = {
-    "animal": tuple(
-        [
-            "horse",
-            "dog",
-            "cat",
-            "cow",
-            "sheep",
-            "goat",
-            "lion",
-            "tiger",
-            "bear",
-            "wolf",
-            "fox",
-            "rabbit",
-            "duck",
-            "owl",
-            "pig",
-            "donkey",
-        ]
+    "animal": (
+        *("horse", "dog", "cat", "cow", "sheep", "goat", "lion", "tiger"),
+        *("bear", "wolf", "fox", "rabbit", "duck", "owl", "pig", "donkey"),
     ),
-    "vehicle": tuple(
-        [
-            "car",
-            "bus",
-            "truck",
-            "train",
-            "tram",
-            "van",
-            "taxi",
-            "lorry",
-            "bicycle",
-            "motorbike",
-            "tractor",
-            "boat",
-            "ship",
-            "ferry",
-        ]
+    "vehicle": (
+        *("car", "bus", "truck", "train", "tram", "van", "taxi", "lorry"),
+        *("bicycle", "motorbike", "tractor", "boat", "ship", "ferry", "jeep", "scooter"),
     ),
 }
 # What subjects do and how people feel about it, as (past, future). Every value shows in two words at least:
@@ -111,16 +61,16 @@ _MOODS = {
     "positive": (
         ("smiled happily", "will smile happily"),
         ("was happy and proud", "will be happy and proud"),
-        ("laughed with joy", "will laugh with joy"),
-        ("was glad and cheerful", "will be glad and cheerful"),
-        ("cheered with delight", "will cheer with delight"),
+        ("felt happy", "will feel happy"),
+        ("was glad and happy", "will be glad and happy"),
+        ("laughed happily", "will laugh happily"),
     ),
     "negative": (
-        ("cried bitterly", "will cry bitterly"),
+        ("cried sadly", "will cry sadly"),
         ("was sad and angry", "will be sad and angry"),
-        ("wept with grief", "will weep with grief"),
-        ("was upset and gloomy", "will be upset and gloomy"),
-        ("screamed with rage", "will scream with rage"),
+        ("felt sad", "will feel sad"),
+        ("was upset and sad", "will be upset and sad"),
+        ("wept sadly", "will weep sadly"),
     ),
 }
 _VALUES: dict[str, tuple[str, str]] = {
@@ -142,11 +92,11 @@ class _Spec:
 
 # Interleaved: neighbours differ in both. Within a vocabulary the rules disagree about most notes.
 _SPECS: dict[str, _Spec] = {
-    "time-colours": _Spec("time", "colours", "Past or future? Red or blue:", ("red", "blue")),
+    "time-colours": _Spec("time", "colours", "Past or future? Red or blue:", ("blue", "red")),
     "mood-directions": _Spec("mood", "directions", "Good or bad mood? Left or right:", ("left", "right")),
     "subject-colours": _Spec("subject", "colours", "Animal or machine? Red or blue:", ("blue", "red")),
     "time-directions": _Spec("time", "directions", "Done or to come? Left or right:", ("right", "left")),
-    "mood-colours": _Spec("mood", "colours", "Happy or sad? Red or blue:", ("blue", "red")),
+    "mood-colours": _Spec("mood", "colours", "Happy or sad? Red or blue:", ("red", "blue")),
     "subject-directions": _Spec("subject", "directions", "Does it live? Left or right:", ("left", "right")),
 }
 
@@ -214,7 +164,7 @@ def generate(
 def write_builtin(
     out: Path, names: Sequence[str] | None = None, train_rows: int = 160, test_rows: int = 64, seed: int = 0
 ) -> list[Task]:
-    """Write built-in tasks below ``out`` (all of them where ``names`` is None) and open them, in that order."""
+    """Write built-in tasks below ``out`` (all of them without ``names``) and open them, in that order."""
     tasks = []
     for name in builtin_names() if names is None else names:
         for split, (rows, meta) in generate(name, {"train": train_rows, "test": test_rows}, seed).items():

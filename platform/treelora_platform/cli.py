@@ -1,0 +1,226 @@
+"""The `treelora` command. Heavy imports happen inside the commands: help must be quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from treelora.errors import TreeLoRAError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    help="Continual learning of large pre-trained models with TreeLoRA, on Ray, DeepSpeed and MLflow.\n\n"
+    "Begin with `treelora demo`, then copy a recipe from jobs/configs and `treelora run` it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+data_app = typer.Typer(help="Import tasks to Parquet, and look at them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to replace, such as lora.rank=16.")
+]
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a recipe such as `demo`.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo-treelora.")]
+
+
+def friendly(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn our own errors into one message and an exit code; a bug still shows its traceback."""
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        from treelora_platform.run import RunFailedError
+
+        try:
+            command(*args, **kwargs)
+        except RunFailedError as error:
+            _fail(str(error), EXIT_FAILED)
+        except TreeLoRAError as error:
+            _fail(str(error), EXIT_REFUSED)
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command goes on from the last commit", EXIT_INTERRUPTED)
+
+    return wrapper
+
+
+def _fail(message: str, code: int) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+    raise typer.Exit(code)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(soft_wrap=not sys.stdout.isatty())
+
+
+@app.command()
+@friendly
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped (also the default).")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what a run of this name has left, begin anew.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go on although the configuration has changed.")] = False,
+) -> None:
+    """Run one experiment, on this machine or on the cluster that RAY_ADDRESS names.
+
+    The same command goes on with a run that was interrupted. A run that is complete is left alone.
+
+    Exit codes: 0 done, 1 the workers failed, 2 the configuration or data was refused, 130 interrupted.
+    """
+    from treelora_platform.config import load_config
+    from treelora_platform.recipes import recipe_path
+    from treelora_platform.run import run_experiment
+    from treelora_platform.show import show_run
+
+    if resume and fresh:
+        _fail("--resume and --fresh exclude each other", EXIT_REFUSED)
+    console = _console()
+    outcome = run_experiment(load_config(recipe_path(config), overrides), console, fresh=fresh, force=force)
+    if outcome.already_complete:
+        console.print(f"already complete: {outcome.run_dir}; --fresh runs it again")
+    show_run(outcome.run_dir, console)
+
+
+@app.command()
+@friendly
+def validate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check a configuration and its data without starting anything; print it with all defaults filled in."""
+    from treelora_platform.config import load_config
+    from treelora_platform.prepare import check_storage, prepare_stream
+    from treelora_platform.recipes import recipe_path
+    from treelora_platform.run import check_resources
+    from treelora_platform.show import show_stream
+
+    settings = load_config(recipe_path(config), overrides)
+    console = _console()
+    console.print(settings.as_yaml(), markup=False, highlight=False)
+    check_storage(settings)
+    check_resources(settings)
+    show_stream(prepare_stream(settings), console)
+    console.print("[green]valid[/]")
+
+
+@app.command()
+@friendly
+def show(run_dir: RunDir) -> None:
+    """Show a run: accuracy matrices, OP and BWT, the tree, and the arms that were pulled."""
+    from treelora_platform.show import show_run
+
+    show_run(run_dir, _console())
+
+
+@app.command()
+@friendly
+def demo(
+    output_dir: Annotated[str, typer.Option(help="Folder for the runs.")] = "runs",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run again although it is complete.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Learn six tasks in a row with TreeLoRA and with plain LoRA, and compare what they kept."""
+    from treelora_platform.demo import run_demo
+
+    run_demo(output_dir, overrides or [], fresh, _console())
+
+
+@app.command()
+@friendly
+def extend(
+    run_dir: RunDir,
+    task: Annotated[str, typer.Option(help="Name of the new task in its source.")],
+    source: Annotated[str, typer.Option(help="builtin, parquet, olora, trace, jsonl, csv or hf.")] = "parquet",
+    path: Annotated[str | None, typer.Option(help="Where the source reads the task from.")] = None,
+) -> None:
+    """Teach a finished run one more task, perhaps months later; nothing of the earlier tasks is trained again."""
+    from treelora_platform.extend import extend_run
+    from treelora_platform.show import show_run
+
+    console = _console()
+    show_run(extend_run(run_dir, source, path, task, console).run_dir, console)
+
+
+@app.command()
+@friendly
+def track(
+    run_dir: RunDir,
+    uri: Annotated[str | None, typer.Option(help="Tracking server, where it is not the run's own.")] = None,
+) -> None:
+    """Send to MLflow what it has not got yet, for instance because its server was down."""
+    from treelora_platform.tracking import replay
+
+    report = replay(run_dir, uri)
+    if not report.sent:
+        _fail(f"{report.error}. {report.hint}", EXIT_FAILED)
+    typer.echo(f"MLflow run {report.run_id} is complete")
+
+
+@app.command()
+@friendly
+def report(
+    run_dir: RunDir,
+    other: Annotated[Path | None, typer.Argument(metavar="[OTHER]", help="A second run, side by side.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; default: report.html in the run's folder.")] = None,
+) -> None:
+    """Write a run's HTML report, alone or beside another run."""
+    from treelora_platform.report import write_report
+
+    typer.echo(str(write_report(run_dir, out, other)))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration, for editors."""
+    import json
+
+    from treelora_platform.config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@data_app.command("import")
+@friendly
+def data_import(
+    source: Annotated[str, typer.Argument(help="olora, trace, jsonl, csv, hf or parquet.")],
+    path: Annotated[str, typer.Argument(help="Folder, file, URI or Hugging Face id to read.")],
+    out: Annotated[Path, typer.Argument(help="Folder that gets a folder for each task.")],
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be given several times.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the importer, such as answer=label.")] = None,
+) -> None:
+    """Turn tasks of another format into Parquet; says which rows could not be used, and why."""
+    from treelora.data.sources import import_tasks
+    from treelora_platform.show import show_imports
+
+    pairs = [text.partition("=")[::2] for text in option or []]
+    show_imports(import_tasks(source, path, task, out, options=dict(pairs)), _console())
+
+
+@data_app.command("show")
+@friendly
+def data_show(
+    folder: Annotated[Path, typer.Argument(help="Folder of one task, or a folder of such folders.")],
+    rows: Annotated[int, typer.Option(min=0, help="Rows of each split to print.")] = 2,
+) -> None:
+    """Show tasks in Parquet: kind, choices, how many rows, and the first few."""
+    from treelora_platform.show import show_tasks
+
+    show_tasks(folder, rows, _console())
+
+
+def main() -> None:
+    """Entry point of the `treelora` script."""
+    app()
