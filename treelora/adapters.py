@@ -57,7 +57,9 @@ def attach_lora(model: nn.Module, spec: LoraSpec, seed: int) -> Any:
     try:
         adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     except ValueError as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        names = sorted(
+            {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        )
         raise ConfigError(
             f"lora.target_modules {list(spec.target_modules)}: not in this model; it has {', '.join(names)}"
         ) from error
@@ -132,7 +134,9 @@ def save_adapter(state: Mapping[str, Tensor], peft_config: Any, folder: Path) ->
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".adapter-"))
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, scratch / "adapter_model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, scratch / "adapter_model.safetensors"
+    )
     peft_config.save_pretrained(scratch)
     if folder.exists():
         doomed = folder.with_name(f".old-{folder.name}")

@@ -140,7 +140,9 @@ class StreamLoop:
             index=index,
             name=unit.name,
             steps=unit.plan.steps,
-            micro_batches=lambda step: unit.micro_batches(step, engine.rank, engine.world_size, engine.device),
+            micro_batches=lambda step: unit.micro_batches(
+                step, engine.rank, engine.world_size, engine.device
+            ),
             normaliser=lambda step: unit.normaliser(step, engine.world_size),
         )
         engine.module.train()
@@ -231,7 +233,9 @@ class StreamLoop:
             train_seconds=train_seconds,
             eval_seconds=time.perf_counter() - begin,
             tokens=sum(unit.tokens(step) for step in range(steps)),
-            adapter_bytes=sum(t.numel() * t.element_size() for t in self.bank[-1].values()) if self.bank else 0,
+            adapter_bytes=sum(t.numel() * t.element_size() for t in self.bank[-1].values())
+            if self.bank
+            else 0,
             router_accuracy=self.evaluator.router_accuracy(seen) if len(self.bank) == len(seen) else None,
         )
         self.hooks.scored(scores, record)

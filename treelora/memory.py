@@ -90,9 +90,7 @@ class TaskMemory:
         else:
             arms = self.bandit.select(call.step)
             lcb = self.bandit.lcb(arms)
-        for array in (arms, lcb):
-            array.flags.writeable = False
-        self._run, self._last = call.run, Selection(call.task, call.step, arms, lcb)
+        self._run, self._last = call.run, _frozen_selection(call.task, call.step, arms, lcb)
         return self._last
 
     def end_task(self, task: str, sketch: np.ndarray) -> None:
@@ -286,7 +284,13 @@ class TaskMemory:
                 or not ((arms >= low) & (arms < high)).all()
             ):
                 raise CheckpointError(f"memory state: arms {arms.tolist()} don't fit {len(tasks)} past tasks")
-            self._last = Selection(record["task"], record["step"], arms, lcb)
+            self._last = _frozen_selection(record["task"], record["step"], arms, lcb)
+
+
+def _frozen_selection(task: str, step: int, arms: np.ndarray, lcb: np.ndarray) -> Selection:
+    # A repeated call returns the same object: nobody may write into it.
+    arms.flags.writeable = lcb.flags.writeable = False
+    return Selection(task, step, arms, lcb)
 
 
 def _finite(values: np.ndarray) -> Any:

@@ -39,8 +39,8 @@ class GradientProbe:
 
     With y = W x + scale * B A0 x the gradient is s_l = scale * G_l A0^T, where G_l is the full gradient of
     W_l: a random projection of it on its input side, the same for all tasks, and not zero at the start,
-    unlike the gradient of A, which vanishes while B = 0 (ALGORITHM "gaps": section on Eq. 1 of arXiv
-    2506.10355). A0 has entries +-1/sqrt(r), so that E ||G A0^T||^2 = ||G||^2; it depends on (seed, layer)
+    unlike the gradient of A (Eq. 1 of arXiv 2506.10355), which vanishes while B = 0. A0 has entries
+    +-1/sqrt(r), so that E ||G A0^T||^2 = ||G||^2; it depends on (seed, layer)
     only.
 
     The probes B are free-standing tensors, not module parameters: an engine that shards parameters or

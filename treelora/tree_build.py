@@ -91,7 +91,7 @@ def paper_rule(signatures_NLK: np.ndarray) -> SplitRule:
     The nearer half (rounded up) against the farther one, ranked by distance and then by task, so ties and
     degenerate groups split evenly too; levels beyond the last layer start again at the first. It separates
     tasks
-    by how typical they are, not by family: kept for comparison (ALGORITHM.md found it at chance level).
+    by how typical they are, not by family: kept for comparison.
     """
     layers = signatures_NLK.shape[1]
 

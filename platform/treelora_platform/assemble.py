@@ -120,7 +120,9 @@ def _method(config: ExperimentConfig, engine: Engine, make_memory: MakeMemory) -
     return TreeLoRA(options, make_memory(memory_config(config, layers)) if engine.rank == 0 else None)
 
 
-def _data(config: ExperimentConfig, tasks: list[Task], tokenizer: Any, cache: Path) -> tuple[list[Unit], list[TestSplit]]:
+def _data(
+    config: ExperimentConfig, tasks: list[Task], tokenizer: Any, cache: Path
+) -> tuple[list[Unit], list[TestSplit]]:
     style = PromptStyle(config.model.template, config.model.system_prompt)
 
     def tokens(task: Task, split: str) -> TokenizedRows:

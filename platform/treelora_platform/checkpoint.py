@@ -69,7 +69,9 @@ def write_commit(run_dir: Path, commit: Commit, keep: int) -> Path:
         os.replace(scratch, target)
         _sync(folder)
     except OSError as error:
-        raise CheckpointError(f"{folder}: the commit of step {position.global_step} failed: {error}") from error
+        raise CheckpointError(
+            f"{folder}: the commit of step {position.global_step} failed: {error}"
+        ) from error
     for old in list(_newest_first(run_dir))[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target

@@ -19,7 +19,9 @@ def run_demo(output_dir: str, overrides: list[str], fresh: bool, console: Consol
     for method in ("treelora", "sequential"):
         fixed = [f"method={method}", f"name=demo-{method}", f"output_dir={output_dir}"]
         config = load_config(recipe_path("demo"), [*overrides, *fixed])
-        console.rule(f"{method}: {config.model.name}, {config.cluster.workers} workers, ZeRO-{config.engine.zero_stage}")
+        console.rule(
+            f"{method}: {config.model.name}, {config.cluster.workers} workers, ZeRO-{config.engine.zero_stage}"
+        )
         folders.append(run_experiment(config, console, fresh=fresh).run_dir)
     ours, plain = folders
     console.rule("what was kept")
@@ -32,5 +34,6 @@ def run_demo(output_dir: str, overrides: list[str], fresh: bool, console: Consol
     report = write_report(ours, out=ours.parent / "demo-report.html", other=plain)
     uri = resolve_tracking_uri(config.tracking.uri, ours.parent)
     console.print(
-        f"report:  {report}\nMLflow:  mlflow ui --backend-store-uri {uri}\nmore:    treelora show {ours}", highlight=False
+        f"report:  {report}\nMLflow:  mlflow ui --backend-store-uri {uri}\nmore:    treelora show {ours}",
+        highlight=False,
     )

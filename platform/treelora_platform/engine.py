@@ -62,7 +62,9 @@ def deepspeed_config(config: ExperimentConfig, world_size: int, trainable: int) 
 class DeepSpeedEngine:
     """A data-parallel worker of DeepSpeed. `torch.distributed` must be initialised, as Ray Train does."""
 
-    def __init__(self, module: nn.Module, spec: OptimizerSpec, config: ExperimentConfig, device: torch.device):
+    def __init__(
+        self, module: nn.Module, spec: OptimizerSpec, config: ExperimentConfig, device: torch.device
+    ):
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.stage = config.engine.zero_stage
         self.accumulation = config.train.accumulation
@@ -160,7 +162,11 @@ class DeepSpeedEngine:
         saved = {"step": torch.tensor([step])}
         for name, parameter in self.parameters.items():
             for moment in MOMENTS:
-                value = moments[parameter][moment] if self.stage == 0 else safe_get_full_optimizer_state(parameter, moment)
+                value = (
+                    moments[parameter][moment]
+                    if self.stage == 0
+                    else safe_get_full_optimizer_state(parameter, moment)
+                )
                 saved[f"{moment}/{name}"] = value.detach().float().cpu().clone()
         return saved
 

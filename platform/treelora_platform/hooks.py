@@ -37,7 +37,12 @@ class PlatformHooks:
         """See `Hooks`."""
         if self.recorder:
             self.recorder.event(
-                "step", unit=record.task_index, task=record.task, step=record.step, steps=steps, loss=record.loss
+                "step",
+                unit=record.task_index,
+                task=record.task,
+                step=record.step,
+                steps=steps,
+                loss=record.loss,
             )
             if self.recorder.add_step(record):
                 self._notify()

@@ -80,7 +80,9 @@ def _prepare(settings: StreamConfig, cache: Path) -> tuple[list[Task], dict[str,
     from treelora.data.sources import import_tasks
 
     assert settings.path
-    reports = import_tasks(settings.source, settings.path, wanted, cache / _short_digest(key), options=settings.options)
+    reports = import_tasks(
+        settings.source, settings.path, wanted, cache / _short_digest(key), options=settings.options
+    )
     return [open_task(r.folder) for r in reports], {r.task: dict(r.skipped) for r in reports if r.skipped}
 
 
@@ -94,7 +96,11 @@ def _with_examples(task: Task, config: ExperimentConfig) -> Task:
     solved = task.read("train")
     labels = [task.choices.index(row.answer) if row.answer in task.choices else -1 for row in solved]
     chosen = [solved[i] for i in choose_rows(labels, count, config.seed)]
-    folder = cache_folder(config) / "tasks" / _short_digest(["examples", count, config.seed, task.fingerprint("train")])
+    folder = (
+        cache_folder(config)
+        / "tasks"
+        / _short_digest(["examples", count, config.seed, task.fingerprint("train")])
+    )
     for split in task.splits:
         rows, meta = read_split(task.path(split))
         write_split(folder / task.slug / f"{split}.parquet", in_context(rows, chosen), meta)
@@ -118,7 +124,9 @@ def check_storage(config: ExperimentConfig) -> None:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"output_dir {str(folder)!r} can't be written to: {error.strerror or error}") from None
+        raise ConfigError(
+            f"output_dir {str(folder)!r} can't be written to: {error.strerror or error}"
+        ) from None
     free = shutil.disk_usage(folder).free
     if free < FREE_BYTES_NEEDED:
         raise ConfigError(
@@ -132,7 +140,14 @@ def steps_of(config: ExperimentConfig, unit: int, rows: int) -> dict[str, Any]:
     if train.steps is not None:
         return {"max_steps": train.steps}
     if train.epochs_by_task:
-        return {"max_steps": max(1, math.ceil(train.epochs_by_task[min(unit, len(train.epochs_by_task) - 1)] * rows / train.global_batch))}
+        return {
+            "max_steps": max(
+                1,
+                math.ceil(
+                    train.epochs_by_task[min(unit, len(train.epochs_by_task) - 1)] * rows / train.global_batch
+                ),
+            )
+        }
     return {"epochs": train.epochs}
 
 
@@ -142,5 +157,9 @@ def joint_steps(config: ExperimentConfig, rows_by_task: list[int]) -> int:
     if config.train.steps is not None:
         return config.train.steps * len(rows_by_task)
     given = config.train.epochs_by_task
-    epochs = [given[min(i, len(given) - 1)] if given else config.train.epochs for i in range(len(rows_by_task))]
-    return sum(max(1, math.ceil(float(e or 0) * rows / batch)) for e, rows in zip(epochs, rows_by_task, strict=True))
+    epochs = [
+        given[min(i, len(given) - 1)] if given else config.train.epochs for i in range(len(rows_by_task))
+    ]
+    return sum(
+        max(1, math.ceil(float(e or 0) * rows / batch)) for e, rows in zip(epochs, rows_by_task, strict=True)
+    )

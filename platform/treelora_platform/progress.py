@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 POLL_S = 0.2
 QUIET_S = 15.0
@@ -83,7 +90,9 @@ class Watcher:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=None, label=label, what="starting Ray and the workers", eta="")
+        self._task = self._bar.add_task(
+            "", total=None, label=label, what="starting Ray and the workers", eta=""
+        )
 
     def __enter__(self) -> Watcher:
         self._bar.start()
@@ -131,7 +140,9 @@ class Watcher:
         elif kind == "scored" and self._eta:
             self._eta.was_judged(event["unit"], when - self._judge_begin)
             means = ", ".join(f"{mode} {value:.1f}" for mode, value in event["scores"].items())
-            self.console.print(f"  [dim]{format_seconds(self._elapsed())}[/]  after [bold]{event['task']}[/]: mean score {means}")
+            self.console.print(
+                f"  [dim]{format_seconds(self._elapsed())}[/]  after [bold]{event['task']}[/]: mean score {means}"
+            )
         elif kind == "warning":
             self.warnings.append(event["what"])
             self.console.print(f"  [yellow]warning:[/] {event['what']}")
@@ -144,7 +155,9 @@ class Watcher:
         if not self.console.is_terminal and time.monotonic() - self._printed > QUIET_S:
             self._printed = time.monotonic()
             done = f"{self._eta.done_steps}/{sum(self._eta.steps)} steps" if self._eta else ""
-            self.console.print(f"  {format_seconds(self._elapsed())}  {self.label}: {what}  {done}  {eta}".rstrip())
+            self.console.print(
+                f"  {format_seconds(self._elapsed())}  {self.label}: {what}  {done}  {eta}".rstrip()
+            )
 
     def _elapsed(self) -> float:
         return self._bar.tasks[self._task].elapsed or 0.0

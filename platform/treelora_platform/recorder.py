@@ -21,7 +21,15 @@ from treelora.data.names import slugify
 from treelora.data.task import Task
 from treelora.evaluation.matrix import Score
 from treelora.loop import Position, StepRecord, TaskRecord
-from treelora_platform.run_tables import SCORES, STEPS, TASKS, read_scores, read_table, read_tasks, steps_parts
+from treelora_platform.run_tables import (
+    SCORES,
+    STEPS,
+    TASKS,
+    read_scores,
+    read_table,
+    read_tasks,
+    steps_parts,
+)
 
 FLUSH_S = 5.0
 
@@ -51,7 +59,10 @@ class Recorder:
         for name, read, column in (("scores", read_scores, "after_task"), ("tasks", read_tasks, "task")):
             table = read(self.run_dir)
             if table.num_rows:
-                _write(table.filter(pa.array([unit in done for unit in table[column].to_pylist()])), self._table(name))
+                _write(
+                    table.filter(pa.array([unit in done for unit in table[column].to_pylist()])),
+                    self._table(name),
+                )
         for path in (self.run_dir / "tree").glob("*.json"):
             if int(path.name.split("-")[0]) >= position.unit + position.trained:
                 path.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,8 +58,8 @@ class _Run:
 def write_report(run_dir: Path, out: Path | None = None, other: Path | None = None) -> Path:
     """Write the report of a run to `out` (default: `<run_dir>/report.html`), beside that of `other` if given.
 
-    The file is self-contained: inline figures and style, no scripts, nothing fetched. It shows what the run has so
-    far, so it may be written in the middle of one.
+    The file is self-contained: inline figures and style, no scripts, nothing fetched. It shows what the run
+    has so far, so it may be written in the middle of one.
 
     Raises:
         DataError: a directory holds no run, or a table, tree or configuration in it is damaged.
@@ -95,7 +96,7 @@ def _read(run_dir: Path) -> _Run:
         label=f"{summary.name} ({summary.method})",
         summary=summary,
         config=_texts(read_config_yaml(run_dir)),
-        about=_texts({key: value for key, value in run.items() if key != "name"}),
+        about=_texts({key: _when(value) if key == "created" else value for key, value in run.items()}),
         scores=read_scores(run_dir),
         steps=read_steps(run_dir),
         tasks=read_tasks(run_dir),
@@ -114,6 +115,12 @@ def _texts(plain: Mapping[str, Any]) -> dict[str, str]:
         key: HIDDEN if is_secret(key) and isinstance(value, str) else hide_credentials(_text(value))
         for key, value in flatten(plain)
     }
+
+
+def _when(created: Any) -> Any:
+    if not isinstance(created, int | float):
+        return created
+    return datetime.fromtimestamp(created, UTC).isoformat(sep=" ", timespec="seconds")
 
 
 def _text(value: Any) -> str:

@@ -98,7 +98,11 @@ def check_resources(config: ExperimentConfig) -> None:
 
 
 def _execute(
-    config: ExperimentConfig, prepared: PreparedStream, run_dir: Path, console: Console, parent_run_id: str | None
+    config: ExperimentConfig,
+    prepared: PreparedStream,
+    run_dir: Path,
+    console: Console,
+    parent_run_id: str | None,
 ) -> Outcome:
     from treelora_platform.closing import close_run
     from treelora_platform.cluster import connect, fit, tree_actor
@@ -150,7 +154,9 @@ def _execute(
     }
     commit, _ = newest_commit(run_dir)
     if commit:
-        console.print(f"going on after {commit.position.global_step} steps, at task {commit.position.unit + 1}")
+        console.print(
+            f"going on after {commit.position.global_step} steps, at task {commit.position.unit + 1}"
+        )
     status, failure = "FAILED", None
     try:
         with Watcher(run_dir / "events.jsonl", console, config.method):
@@ -166,7 +172,9 @@ def _execute(
         _write_record(run_dir, record)
         report = close_run(run_dir, config, run_id, status)
     if failure:
-        raise RunFailedError(f"{failure}\nWhat was committed is in {run_dir}; the same command goes on from there")
+        raise RunFailedError(
+            f"{failure}\nWhat was committed is in {run_dir}; the same command goes on from there"
+        )
     if not report.sent:
         console.print(f"[yellow]MLflow is not complete:[/] {report.error}. {report.hint}")
     return Outcome(run_dir, run_id)
@@ -231,5 +239,7 @@ def _only_one(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"run {run_dir.name!r} is being executed by another process ({run_dir}); wait or rename") from None
+            raise ConfigError(
+                f"run {run_dir.name!r} is being executed by another process ({run_dir}); wait or rename"
+            ) from None
         yield

@@ -250,6 +250,8 @@ def _read_tree(path: Path, after_index: int) -> TreeSnapshot:
             raise DataError(f"{path}: leaf {node} is task {task[node]}, but there are {len(names)} names")
         for child in () if leaf else children:
             parent[child] = node
+    if -1 in parent[1:] or any(left[node] == right[node] != -1 for node in range(len(left))):
+        raise DataError(f"{path}: not every node but the first is the child of one node")
     return TreeSnapshot(after_index, names, left, right, tuple(parent), task, delta)
 
 

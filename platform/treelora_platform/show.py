@@ -13,7 +13,14 @@ from rich.table import Table
 from rich.tree import Tree
 
 from treelora.errors import DataError
-from treelora_platform.run_tables import TreeSnapshot, read_run_json, read_scores, read_steps, read_tasks, read_trees
+from treelora_platform.run_tables import (
+    TreeSnapshot,
+    read_run_json,
+    read_scores,
+    read_steps,
+    read_tasks,
+    read_trees,
+)
 from treelora_platform.summary import modes_of, render_comparison, summarise
 
 if TYPE_CHECKING:
@@ -45,7 +52,9 @@ def show_matrices(run_dir: Path, console: Console, modes: Sequence[str] | None =
     scores = read_scores(run_dir)
     for mode in modes or modes_of(scores):
         part = matrix_from_table(scores, mode)
-        console.print(render_matrix(part, names_of(scores), title=f"Score (%) after each task, inference {mode}"))
+        console.print(
+            render_matrix(part, names_of(scores), title=f"Score (%) after each task, inference {mode}")
+        )
 
 
 def show_tree(run_dir: Path, console: Console) -> None:
@@ -54,7 +63,8 @@ def show_tree(run_dir: Path, console: Console) -> None:
     if not trees:
         return
     labels = {
-        row["task"]: " · ".join(filter(None, (row["family"], row["vocabulary"]))) for row in read_tasks(run_dir).to_pylist()
+        row["task"]: " · ".join(filter(None, (row["family"], row["vocabulary"])))
+        for row in read_tasks(run_dir).to_pylist()
     }
     console.print(tree_view(trees[-1], labels))
 
@@ -106,8 +116,12 @@ def show_stream(prepared: PreparedStream, console: Console) -> None:
     for column in ("#", "task", "kind", "metric", "choices", "rows left out"):
         table.add_column(column)
     for number, task in enumerate(prepared.stream, start=1):
-        left_out = ", ".join(f"{count} {reason}" for reason, count in prepared.skipped.get(task.name, {}).items())
-        table.add_row(str(number), escape(task.name), task.kind, task.metric, escape(", ".join(task.choices)), left_out)
+        left_out = ", ".join(
+            f"{count} {reason}" for reason, count in prepared.skipped.get(task.name, {}).items()
+        )
+        table.add_row(
+            str(number), escape(task.name), task.kind, task.metric, escape(", ".join(task.choices)), left_out
+        )
     console.print(table)
 
 
@@ -131,14 +145,23 @@ def show_tasks(folder: Path, rows: int, console: Console) -> None:
     """
     from treelora.data import open_task
 
-    found = [folder] if (folder / "train.parquet").exists() else sorted(p.parent for p in folder.glob("*/train.parquet"))
+    found = (
+        [folder]
+        if (folder / "train.parquet").exists()
+        else sorted(p.parent for p in folder.glob("*/train.parquet"))
+    )
     if not found:
         raise DataError(f"{folder}: no task is there; `treelora data import` makes some")
     for place in found:
         task = open_task(place)
-        console.print(f"[bold]{escape(task.name)}[/]  {task.kind}, {task.metric}; {escape(', '.join(task.choices))}")
+        console.print(
+            f"[bold]{escape(task.name)}[/]  {task.kind}, {task.metric}; {escape(', '.join(task.choices))}"
+        )
         for split in task.splits:
             examples = task.read(split)
             console.print(f"  {split}: {len(examples)} rows")
             for example in examples[:rows]:
-                console.print(f"    {escape(repr(example.prompt[:200]))} -> {escape(repr(example.answer))}", highlight=False)
+                console.print(
+                    f"    {escape(repr(example.prompt[:200]))} -> {escape(repr(example.answer))}",
+                    highlight=False,
+                )

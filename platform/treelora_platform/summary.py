@@ -159,7 +159,7 @@ def _scores(label: str, values: list[float | None], better: Callable[..., float]
 
 def format_seconds(seconds: float) -> str:
     """`42.0 s`, `3 min 05 s` or `2 h 07 min`."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

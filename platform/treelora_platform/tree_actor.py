@@ -52,7 +52,9 @@ class TreeKeeper:
 
     def _opened(self) -> TaskMemory:
         if self.memory is None:
-            raise TreeLoRAError("the tree actor has started again and holds no memory; the workers bring it back")
+            raise TreeLoRAError(
+                "the tree actor has started again and holds no memory; the workers bring it back"
+            )
         return self.memory
 
 
@@ -129,6 +131,8 @@ class TreeClient:
         try:
             return ray.get(answer, timeout=self.timeout_s)
         except ray.exceptions.GetTimeoutError:
-            raise TreeLoRAError(f"actor {self.name}: no answer to {what} within {self.timeout_s:.0f} s") from None
+            raise TreeLoRAError(
+                f"actor {self.name}: no answer to {what} within {self.timeout_s:.0f} s"
+            ) from None
         except ray.exceptions.RayActorError as error:
             raise TreeLoRAError(f"actor {self.name} died during {what} ({type(error).__name__})") from error

@@ -62,7 +62,12 @@ def run_worker(job: dict[str, Any]) -> None:
     if recorder:
         recorder.rewind(loop.position, [unit.name for unit in loop.units])
         steps = [unit.plan.steps if loop.method.trains else 0 for unit in loop.units]
-        recorder.event("begin", steps=steps, units=[unit.name for unit in loop.units], global_step=loop.position.global_step)
+        recorder.event(
+            "begin",
+            steps=steps,
+            units=[unit.name for unit in loop.units],
+            global_step=loop.position.global_step,
+        )
     loop.run()
     if recorder and uploader:
         recorder.close()

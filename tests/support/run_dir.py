@@ -17,8 +17,8 @@ LAYERS = 4
 class SyntheticRun:
     """Writes the files that a real run leaves, task by task.
 
-    Step g (from 1, over all tasks): loss 4 / g, 0.5 s, 100 tokens, time START_MS + 1000 g. From the second task on
-    layer l pulls the arm (g + l) mod (number of past tasks).
+    Step g (from 1, over all tasks): loss 4 / g, 0.5 s, 100 tokens, time START_MS + 1000 g. From the second
+    task on layer l pulls the arm (g + l) mod (number of past tasks).
     """
 
     path: Path
@@ -68,19 +68,24 @@ class SyntheticRun:
         pq.write_table(pa.Table.from_pylist(rows, schema=STEPS), half_written)
         half_written.replace(path)
 
-    def write_scores(self, after, columns):
-        """`columns`: mode -> scores of the tasks 0..after, after that task."""
-        for mode, values in columns.items():
-            self.scores += [
-                {
-                    "mode": mode, "task": self.names[i], "after_task": self.names[after], "task_index": i,
-                    "after_index": after, "metric": "accuracy", "score": score, "rows": 50, "seconds": 1.0,
-                }
-                for i, score in enumerate(values)
-            ]  # fmt: skip
+    def add_score(self, mode, task, after, score):
+        """R[task, after] of a mode; `after` -1 is before training."""
+        self.scores.append(
+            {
+                "mode": mode, "task": self.names[task], "after_task": self.names[after] if after >= 0 else "",
+                "task_index": task, "after_index": after, "metric": "accuracy", "score": score, "rows": 50,
+                "seconds": 1.0,
+            }
+        )  # fmt: skip
         pq.write_table(
             pa.Table.from_pylist(self.scores, schema=SCORES), self.path / "tables" / "scores.parquet"
         )
+
+    def write_scores(self, after, columns):
+        """`columns`: mode -> scores of the tasks 0, 1, ... after that task."""
+        for mode, values in columns.items():
+            for task, score in enumerate(values):
+                self.add_score(mode, task, after, score)
 
     def write_tasks(self, learnt):
         rows = [
@@ -124,7 +129,8 @@ class SyntheticRun:
 def finished_run(path, names=("alpha", "beta", "gamma"), *, drop=10.0, **options):
     """A whole run: each task is learnt at 90 %, and loses `drop` points in mode `last` with every later task.
 
-    Mode `routed` loses a tenth of that. So for three tasks and drop 10: R_last[0] = 90, 80, 70; OP = 80; BWT = 10.
+    Mode `routed` loses a tenth of that. So for three tasks and drop 10: R_last[0] = 90, 80, 70; OP = 80 and
+    BWT = 10.
     """
     run = SyntheticRun(Path(path), list(names), **options)
     for after in range(len(run.names)):

@@ -209,7 +209,7 @@ def test_rendering_shows_scores_names_and_performance():
     console.print(render_matrix(HAND, ["mnli", "a very long name (B)", "cb"]))
     text = console.file.getvalue()
     lines = [line for line in text.splitlines() if "mnli" in line]
-    assert lines[-1].split() == ["│", "mnli", "│", "80.0", "│", "70.0", "│", "50.0", "│"]
+    assert lines[-1].split() == ["│", "1", "mnli", "│", "80.0", "│", "70.0", "│", "50.0", "│"]
     assert "a very…(B)" in text
     assert "·" in text
     op = next(line for line in text.splitlines() if "OP" in line)

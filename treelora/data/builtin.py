@@ -1,10 +1,11 @@
 """The built-in stream: six small tasks in plain English, made by code, with nothing to download.
 
 All tasks read notes of one kind ("Last night the horse fell asleep and Anna smiled happily.") and differ in
-what they ask: a rule (time, mood or subject of the note) and a vocabulary (colours or directions) that must be
-learnt to answer it. Each rule meets both vocabularies and each vocabulary all rules, so a tree of tasks can be
-scored by rule and by vocabulary apart. Every note has a mood, a time and a subject, drawn independently: only the question
-says which of them counts, so learning one task pulls at the answers of the others. Chance is 1/2.
+what they ask: a rule (time, mood or subject of the note) and a vocabulary (colours or directions) that must
+be learnt to answer it. Each rule meets both vocabularies and each vocabulary all rules, so a tree of tasks
+can be scored by rule and by vocabulary apart. Every note has a time, a mood and a subject, drawn apart:
+only the question says which of them counts, so learning one task pulls at the answers of the others. Chance
+is 1/2.
 """
 
 import random
@@ -20,6 +21,9 @@ from treelora.data.task import Task, open_task
 from treelora.errors import DataError
 
 T = TypeVar("T")
+
+# A small part of the 384,000 notes there are, so that drawing a new one stays quick.
+MAX_ROWS = 10_000
 
 _NAMES = (
     *("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "Jack"),
@@ -133,6 +137,10 @@ def generate(
     A pure function of its arguments. A task's rows don't depend on which other tasks are made.
     """
     spec = _spec(name)
+    if sum(split_sizes.values()) > MAX_ROWS:
+        raise DataError(
+            f"built-in task {name!r}: {sum(split_sizes.values())} rows; it makes at most {MAX_ROWS}"
+        )
     rng = random.Random(f"treelora/{seed}/{name}")
     prompts: set[str] = set()
     made: dict[str, tuple[list[Example], SplitMeta]] = {}

@@ -121,10 +121,18 @@ def _opened(path: str | Path) -> Iterator[pq.ParquetFile]:
         raise DataError(f"{where}: can't be read as Parquet ({error}); copy or import it again") from error
 
 
-def open_columns(path: str | Path) -> tuple[pa.Table, pa.Schema]:
-    """All columns of any foreign Parquet file, once its types are known to be plain."""
+def open_columns(path: str | Path, columns: Sequence[str]) -> tuple[pa.Table, pa.Schema]:
+    """Those of the named columns that a foreign Parquet file has, texts as bytes; and the file's schema."""
     with _opened(path) as file:
-        return file.read(), file.schema_arrow
+        schema = file.schema_arrow
+        table = file.read(columns=[name for name in schema.names if name in columns])
+    for i, column in enumerate(table.schema):
+        if _is_text(column.type):
+            table = table.set_column(i, column.name, table[column.name].cast(pa.large_binary()))
+        elif _is_text_list(column.type):
+            as_bytes = table[column.name].cast(pa.large_list(pa.large_binary()))
+            table = table.set_column(i, column.name, as_bytes)
+    return table, schema
 
 
 def _description(where: str, schema: pa.Schema) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Tasks and streams of tasks: names, splits and metrics; the rows stay in their Parquet files until read."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,9 @@ def open_task(folder: str | Path) -> Task:
     Reads footers only. Raises DataError for a missing train or test file, an empty split, and splits that
     describe different tasks.
     """
+    if "://" not in str(folder):
+        # Workers start elsewhere: a relative path would not lead them here.
+        folder = os.path.abspath(folder)
     found: dict[str, SplitMeta] = {}
     for split in SPLITS:
         path = files.join(folder, f"{split}.parquet")

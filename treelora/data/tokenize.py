@@ -137,13 +137,21 @@ class _Lists:
 
 
 def tokenize_split(
-    task: Task, split: str, tokenizer: Tokenizer, style: PromptStyle, max_length: int, cache_dir: str | Path
+    task: Task,
+    split: str,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    max_length: int,
+    cache_dir: str | Path,
+    *,
+    refuse_long: bool = False,
 ) -> TokenizedRows:
     """The tokenised rows of a split, from the cache where it has them.
 
     A prompt that leaves no room for its answer (or its longest choice) within ``max_length`` tokens is cut on
     the left, behind the template's head; the answer is never cut. Raises DataError naming the row whose
-    answer alone doesn't fit, ConfigError for a ``max_length`` below 2.
+    answer alone doesn't fit and, with ``refuse_long``, where any prompt would be cut; ConfigError for a
+    ``max_length`` below 2.
     """
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}; a prompt and an answer need at least 2 tokens")
@@ -157,14 +165,28 @@ def tokenize_split(
     ]
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()
     path = Path(cache_dir) / f"{key}.arrow"
-    if path.exists():
-        try:
-            return TokenizedRows.open(path)
-        except DataError as error:
-            log.warning("%s; tokenising %s/%s again", error, task.name, split)
-    payload = _tokenise(task, split, tokenizer, resolve_frame(tokenizer, style), max_length)
-    write_bytes_atomically(path, payload + hashlib.sha256(payload).digest())
-    return TokenizedRows.open(path)
+    rows = _cached(path)
+    if rows is None:
+        payload = _tokenise(task, split, tokenizer, resolve_frame(tokenizer, style), max_length)
+        write_bytes_atomically(path, payload + hashlib.sha256(payload).digest())
+        rows = TokenizedRows.open(path)
+    if refuse_long and rows.truncated:
+        raise DataError(
+            f"{task.path(split)}: {rows.truncated} of {len(rows)} prompts don't fit into max_length {max_length}; "
+            "raise it or allow long prompts to be cut"
+        )
+    return rows
+
+
+def _cached(path: Path) -> TokenizedRows | None:
+    """The cache file's rows; None where there is none, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        return TokenizedRows.open(path)
+    except DataError as error:
+        log.warning("%s; tokenising again", error)
+        return None
 
 
 def _tokenise(task: Task, split: str, tokenizer: Tokenizer, frame: Frame, max_length: int) -> bytes:

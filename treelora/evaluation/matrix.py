@@ -218,15 +218,15 @@ def render_matrix(R: np.ndarray, names: Sequence[str], *, title: str = "Score (%
     R, n = _checked(R, None)
     if len(names) != n:
         raise DataError(f"{len(names)} names for {n} tasks; give one name a task")
-    table = Table(title=title, show_footer=True)
+    table = Table(title=title, show_footer=True, caption="a column a learnt task, numbered as the rows")
     table.add_column("task", footer="OP", no_wrap=True)
-    for j, name in enumerate(names):
+    for j in range(n):
         column = R[: j + 1, j]
         footer = f"{column.mean():.1f}" if np.isfinite(column).all() else ""
-        table.add_column(shorten(name), footer=footer, justify="right", no_wrap=True)
+        table.add_column(str(j + 1), footer=footer, justify="right", no_wrap=True)
     for i, name in enumerate(names):
         cells = [Text("·", "dim") if np.isnan(v) else Text(f"{v:.1f}", f"black on {heat(v)}") for v in R[i]]
-        table.add_row(shorten(name), *cells)
+        table.add_row(Text(f"{i + 1} {shorten(name, 24)}"), *cells)
     return table
 
 

@@ -22,6 +22,7 @@ from treelora.engine import Engine
 from treelora.methods.base import Method, StepMetrics, TaskContext
 from treelora.methods.treelora_signature import SignatureSource, pack_past, unpack_past
 from treelora.penalty import prox, sign_gradient, soft_gradient
+from treelora.sketch import residual
 
 
 @dataclass(frozen=True)
@@ -183,19 +184,20 @@ class TreeLoRA(Method):
         if self.options.start == "continue" or (self.task.index == 0):
             return
         if self.options.start == "tree_node" and self.past_NLK.shape[0]:
-            mine_LK = self.source.sketch_LK.numpy()
-            nearest = int(np.linalg.norm(self.past_NLK - mine_LK, axis=-1).mean(axis=-1).argmin())
+            distances_NL = residual(self.source.sketch_LK, torch.from_numpy(self.past_NLK))
+            nearest = int(distances_NL.mean(dim=-1).argmin())
             self.engine.write_adapter(self.bank[nearest])
             return
         shapes = {name: tensor.shape for name, tensor in self.engine.adapter_tensors().items()}
-        self.engine.write_adapter({name: fresh_tensor(name, shape, self.options.seed) for name, shape in shapes.items()})
+        self.engine.write_adapter(
+            {name: fresh_tensor(name, shape, self.options.seed) for name, shape in shapes.items()}
+        )
 
     def _observe(self, sketch_LK: Tensor) -> None:
         """The residuals of Eq. 2, in the sketch space: of the chosen arms, or of all where the search is `full`."""
         if self.engine.rank == 0:
-            mine, layers = sketch_LK.numpy(), np.arange(self.past_NLK.shape[1])
-            past = self.past_NLK if self.options.search == "full" else self.past_NLK[self.arms_L, layers]
-            self._observation = np.linalg.norm(past - mine, axis=-1).astype(np.float32)
+            arms_L = None if self.options.search == "full" else torch.from_numpy(np.array(self.arms_L))
+            self._observation = residual(sketch_LK, torch.from_numpy(self.past_NLK), arms_L).numpy()
             assert self.memory
             self.memory.submit(self._step + 1, self._observation)
 

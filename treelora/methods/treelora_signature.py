@@ -75,7 +75,9 @@ class SignatureSource:
         total = torch.zeros_like(self._sum_LK, device=self.engine.device)
         for batch in task.micro_batches(step):
             normaliser = task.normaliser(step)
-            gradients = self._probe.measure(lambda b=batch, n=normaliser: answer_loss(self.engine.module, b, n))
+            gradients = self._probe.measure(
+                lambda b=batch, n=normaliser: answer_loss(self.engine.module, b, n)
+            )
             total += self._sketch.sketch(gradients)
         return total
 
@@ -95,7 +97,9 @@ class SignatureSource:
         self._steps += 1
         if self.keeps_full:
             for name, vector in zip(self.names, self._vectors(gradients), strict=True):
-                self._full_sum[name] = self._full_sum[name] + vector if name in self._full_sum else vector.clone()
+                self._full_sum[name] = (
+                    self._full_sum[name] + vector if name in self._full_sum else vector.clone()
+                )
         return gradients
 
     def finish(self, engine: Engine) -> tuple[Tensor, dict[str, Tensor]]:
@@ -107,7 +111,11 @@ class SignatureSource:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What `load_state_dict` needs within a task."""
-        state = {"per_batch": self._per_batch_PLK, "sum": self._sum_LK, "seen_steps": torch.tensor(self._steps)}
+        state = {
+            "per_batch": self._per_batch_PLK,
+            "sum": self._sum_LK,
+            "seen_steps": torch.tensor(self._steps),
+        }
         return state | {f"full/{name}": vector.cpu() for name, vector in self._full_sum.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -127,14 +135,20 @@ class SignatureSource:
 
 def pack_past(signatures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Full signatures of past tasks as one flat dict of tensors."""
-    packed = {f"past/{i}/{name}": vector for i, past in enumerate(signatures) for name, vector in past.items()}
+    packed = {
+        f"past/{i}/{name}": vector for i, past in enumerate(signatures) for name, vector in past.items()
+    }
     return packed | {"past_tasks": torch.tensor(len(signatures))}
 
 
 def unpack_past(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Inverse of `pack_past`."""
     return [
-        {key.removeprefix(f"past/{i}/"): value for key, value in state.items() if key.startswith(f"past/{i}/")}
+        {
+            key.removeprefix(f"past/{i}/"): value
+            for key, value in state.items()
+            if key.startswith(f"past/{i}/")
+        }
         for i in range(int(state["past_tasks"]))
     ]
 

@@ -123,5 +123,9 @@ def answer_loss(model: nn.Module, batch: Batch, normaliser: float) -> Tensor:
 def _cannot_load(what: str, name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     folder = Path(os.path.expanduser(name))
-    hint = "the folder lacks model files" if folder.is_dir() else "no such folder; a Hugging Face id needs the network"
+    hint = (
+        "the folder lacks model files"
+        if folder.is_dir()
+        else "no such folder; a Hugging Face id needs the network"
+    )
     return f"model.name {name!r}: the {what} can't be loaded, {hint} ({reason})"

@@ -1,0 +1,1 @@
+"""Readers of foreign data sets, one file a layout; ``treelora.data.sources`` lists them."""
