@@ -1,6 +1,6 @@
 """One experiment as a cluster entry point: `python jobs/train.py CONFIG [key=value ...]`.
 
-`ray job submit` runs this on the head; RAY_ADDRESS is then set by Ray, and output_dir must be storage that all nodes see.
+`ray job submit` runs this on the head, with RAY_ADDRESS set; output_dir must be storage that all nodes see.
 """
 
 import sys

@@ -49,7 +49,7 @@ def attach_lora(model: nn.Module, spec: LoraSpec, seed: int) -> Any:
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=spec.rank,
-        lora_alpha=spec.alpha,  # type: ignore[arg-type]
+        lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         target_modules=list(spec.target_modules),
         layers_to_transform=list(spec.layers) if spec.layers is not None else None,
@@ -57,9 +57,7 @@ def attach_lora(model: nn.Module, spec: LoraSpec, seed: int) -> Any:
     try:
         adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     except ValueError as error:
-        names = sorted(
-            {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        )
+        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ConfigError(
             f"lora.target_modules {list(spec.target_modules)}: not in this model; it has {', '.join(names)}"
         ) from error
@@ -134,9 +132,7 @@ def save_adapter(state: Mapping[str, Tensor], peft_config: Any, folder: Path) ->
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".adapter-"))
-    save_file(
-        {name: tensor.contiguous() for name, tensor in state.items()}, scratch / "adapter_model.safetensors"
-    )
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, scratch / "adapter_model.safetensors")
     peft_config.save_pretrained(scratch)
     if folder.exists():
         doomed = folder.with_name(f".old-{folder.name}")

@@ -66,18 +66,14 @@ class TreeBandit:
         if bound not in get_args(Bound):
             raise ConfigError(f"bound = {bound!r}: choose one of {', '.join(get_args(Bound))}")
         if not (math.isfinite(c) and c >= 0) or horizon < 1:
-            raise ConfigError(
-                f"exploration = {c}, horizon = {horizon}: need a finite c >= 0 and at least one step"
-            )
+            raise ConfigError(f"exploration = {c}, horizon = {horizon}: need a finite c >= 0 and at least one step")
         if layers != tree.layers:
             raise ConfigError(f"layers = {layers}, but the tree knows {tree.layers} layers")
         self.tree, self.layers, self.c, self.horizon = tree, layers, c, horizon
         self.search, self.bound, self.seed = search, bound, seed
         self._stream = int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "little")
         root_delta_L = tree.delta[0]
-        self.scale = (
-            np.where(root_delta_L > 1e-6, root_delta_L, 1.0) if scale is None else np.array(scale, float)
-        )
+        self.scale = np.where(root_delta_L > 1e-6, root_delta_L, 1.0) if scale is None else np.array(scale, float)
         if self.scale.shape != (layers,) or not (self.scale > 0).all():
             raise ConfigError(f"scale: need {layers} positive numbers, got {self.scale}")
 
@@ -87,9 +83,7 @@ class TreeBandit:
         self.bounds = np.full((layers, nodes + 1), -np.inf)
         # own = mu - e(n) of each node, kept because the literal bound reads it at siblings.
         self._own = np.full((layers, nodes + 1), -np.inf)
-        self._best = np.tile(
-            np.append(np.where(tree.left >= 0, tree.left, np.arange(nodes)), nodes), (layers, 1)
-        )
+        self._best = np.tile(np.append(np.where(tree.left >= 0, tree.left, np.arange(nodes)), nodes), (layers, 1))
         self._delta = np.concatenate([tree.delta.T / self.scale[:, None], np.zeros((layers, 1))], axis=1)
         self._paths = tree.paths()
         self._depth = int(tree.level.max())
@@ -127,9 +121,7 @@ class TreeBandit:
         """
         arms, losses = np.asarray(arms), np.asarray(losses, dtype=np.float64)
         if arms.shape != (self.layers,) or losses.shape != (self.layers,):
-            raise DataError(
-                f"arms {arms.shape} and losses {losses.shape}: need one of each for {self.layers} layers"
-            )
+            raise DataError(f"arms {arms.shape} and losses {losses.shape}: need one of each for {self.layers} layers")
         if ((arms < 0) | (arms >= self.tasks)).any():
             raise DataError(f"arms {arms.tolist()}: must lie in 0..{self.tasks - 1}")
         _check_losses(losses, layer_axis=0)
@@ -244,6 +236,4 @@ def _check_losses(losses: np.ndarray, layer_axis: int) -> None:
     bad = np.argwhere(~(np.isfinite(losses) & (losses >= 0)))
     if len(bad):
         where = tuple(int(i) for i in bad[0])
-        raise DataError(
-            f"layer {where[layer_axis]}: loss {losses[where]} isn't a distance: drop steps that overflowed"
-        )
+        raise DataError(f"layer {where[layer_axis]}: loss {losses[where]} isn't a distance: drop steps that overflowed")

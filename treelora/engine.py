@@ -137,9 +137,7 @@ class TorchEngine:
 
     def adapter_gradients(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {
-            name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in self.parameters.items()
-        }
+        return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in self.parameters.items()}
 
     def set_adapter_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """See `Engine`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,10 @@ class LocalMemory:
     def end_task(self, task: str, sketch: np.ndarray) -> None:
         """See `Memory`."""
         self.memory.end_task(task, sketch)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Memory`."""
+        return self.memory.describe()
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Memory`."""

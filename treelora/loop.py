@@ -140,9 +140,7 @@ class StreamLoop:
             index=index,
             name=unit.name,
             steps=unit.plan.steps,
-            micro_batches=lambda step: unit.micro_batches(
-                step, engine.rank, engine.world_size, engine.device
-            ),
+            micro_batches=lambda step: unit.micro_batches(step, engine.rank, engine.world_size, engine.device),
             normaliser=lambda step: unit.normaliser(step, engine.world_size),
         )
         engine.module.train()
@@ -159,8 +157,8 @@ class StreamLoop:
             bad = bad + 1 if not math.isfinite(record.loss) else 0
             if bad >= self.options.max_bad_steps:
                 raise TreeLoRAError(
-                    f"task {unit.name!r}: the loss was {record.loss} for {bad} steps in a row up to step {step}; the last "
-                    "commit is intact. Lower train.learning_rate, or look at the task's rows"
+                    f"task {unit.name!r}: the loss was {record.loss} for {bad} steps in a row up to step {step}; the "
+                    "last commit is intact. Lower train.learning_rate, or look at the task's rows"
                 )
             self.position = Position(
                 index, step, False, self.position.global_step + 1, train_seconds=time.perf_counter() - begin
@@ -233,9 +231,7 @@ class StreamLoop:
             train_seconds=train_seconds,
             eval_seconds=time.perf_counter() - begin,
             tokens=sum(unit.tokens(step) for step in range(steps)),
-            adapter_bytes=sum(t.numel() * t.element_size() for t in self.bank[-1].values())
-            if self.bank
-            else 0,
+            adapter_bytes=sum(t.numel() * t.element_size() for t in self.bank[-1].values()) if self.bank else 0,
             router_accuracy=self.evaluator.router_accuracy(seen) if len(self.bank) == len(seen) else None,
         )
         self.hooks.scored(scores, record)

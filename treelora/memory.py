@@ -56,9 +56,7 @@ class TaskMemory:
             raise ConfigError(f"task {task!r}: horizon = {horizon}; a task needs at least one step")
         if self._task is None:
             if task in self.tasks:
-                raise ProtocolError(
-                    f"begin_task({task!r}): it is already learnt, as task {self.tasks.index(task)}"
-                )
+                raise ProtocolError(f"begin_task({task!r}): it is already learnt, as task {self.tasks.index(task)}")
             self._open(task, horizon)
         elif (task, horizon) != (self._task, self._horizon):
             raise ProtocolError(
@@ -73,16 +71,12 @@ class TaskMemory:
             expected = f"a step of {self._task!r}" if self._task else f"begin_task({call.task!r})"
             raise ProtocolError(f"step {call.step} of {call.task!r}: expected {expected}")
         if self._run is not None and call.run != self._run:
-            raise ProtocolError(
-                f"step {call.step} of run {call.run!r}: this memory belongs to run {self._run!r}"
-            )
+            raise ProtocolError(f"step {call.step} of run {call.run!r}: this memory belongs to run {self._run!r}")
         last = self._last.step if self._last else 0
         if self._last is not None and call.step == last:
             return self._last
         if call.step != last + 1:
-            raise ProtocolError(
-                f"step {call.step} of {call.task!r}: expected step {last + 1} (or {last} again)"
-            )
+            raise ProtocolError(f"step {call.step} of {call.task!r}: expected step {last + 1} (or {last} again)")
         self._observe(call)
         if self.bandit is None:
             arms = np.full(self.config.layers, -1, dtype=np.int64)
@@ -167,22 +161,14 @@ class TaskMemory:
         try:
             record = json.loads(str(state["memory"]))
             if record["format"] != FORMAT:
-                raise CheckpointError(
-                    f"memory state has format {record['format']!r}; this version reads {FORMAT}"
-                )
+                raise CheckpointError(f"memory state has format {record['format']!r}; this version reads {FORMAT}")
             known = {field.name for field in fields(MemoryConfig)}
             if set(record["config"]) != known:
-                raise CheckpointError(
-                    f"memory state: settings {sorted(set(record['config']) ^ known)} don't fit"
-                )
+                raise CheckpointError(f"memory state: settings {sorted(set(record['config']) ^ known)} don't fit")
             memory = cls(MemoryConfig(**record["config"]))
-            memory._restore(
-                record, {key: np.asarray(value) for key, value in state.items() if key != "memory"}
-            )
+            memory._restore(record, {key: np.asarray(value) for key, value in state.items() if key != "memory"})
         except (KeyError, TypeError, ValueError, ConfigError, DataError) as error:
-            raise CheckpointError(
-                f"memory state can't be used: {error!r}; take another checkpoint"
-            ) from error
+            raise CheckpointError(f"memory state can't be used: {error!r}; take another checkpoint") from error
         memory._run = run if run is not None else memory._run
         return memory
 
@@ -239,9 +225,7 @@ class TaskMemory:
             raise DataError(f"task {task!r}: sketch has shape {sketch_LK.shape}, need {shape}")
         bad = np.flatnonzero(~np.isfinite(sketch_LK).all(axis=1))
         if len(bad):
-            raise DataError(
-                f"task {task!r}, layer {bad[0]}: the sketch holds NaN or infinity; measure it again"
-            )
+            raise DataError(f"task {task!r}, layer {bad[0]}: the sketch holds NaN or infinity; measure it again")
         norm_L = np.linalg.norm(sketch_LK.astype(np.float64), axis=1)
         bad = np.flatnonzero((norm_L > 0) & (np.abs(norm_L - 1) > NORM_TOLERANCE))
         if len(bad):
@@ -257,18 +241,14 @@ class TaskMemory:
             raise CheckpointError(f"memory state: tasks {tasks} aren't distinct names")
         shape = (len(tasks), self.config.layers, self.config.sketch_size)
         if arrays["sketches"].shape != shape:
-            raise CheckpointError(
-                f"memory state: sketches have shape {arrays['sketches'].shape}, need {shape}"
-            )
+            raise CheckpointError(f"memory state: sketches have shape {arrays['sketches'].shape}, need {shape}")
         for name, sketch in zip(tasks, arrays["sketches"], strict=True):
             self._checked_sketch(name, sketch)
         self.tasks, self._sketches_NLK = list(tasks), arrays["sketches"].astype(np.float32)
         if tasks:
             self.tree = SignatureTree.from_json(record["tree"])
             if (self.tree.tasks, self.tree.layers) != shape[:2]:
-                raise CheckpointError(
-                    f"memory state: the tree has {self.tree.tasks} tasks, the sketches {shape[0]}"
-                )
+                raise CheckpointError(f"memory state: the tree has {self.tree.tasks} tasks, the sketches {shape[0]}")
         self._run = record["run"]
         if record["task"] is None:
             return
@@ -278,11 +258,7 @@ class TaskMemory:
         if record["step"]:
             arms, lcb = arrays["arms"].astype(np.int64), arrays["lcb"].astype(np.float32)
             low, high = (0, len(tasks)) if tasks else (-1, 0)
-            if (
-                arms.shape != (shape[1],)
-                or lcb.shape != arms.shape
-                or not ((arms >= low) & (arms < high)).all()
-            ):
+            if arms.shape != (shape[1],) or lcb.shape != arms.shape or not ((arms >= low) & (arms < high)).all():
                 raise CheckpointError(f"memory state: arms {arms.tolist()} don't fit {len(tasks)} past tasks")
             self._last = _frozen_selection(record["task"], record["step"], arms, lcb)
 

@@ -41,22 +41,16 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         for name, choices in (("tree", TreeKind), ("search", Search), ("bound", Bound)):
             if getattr(self, name) not in get_args(choices):
-                raise ConfigError(
-                    f"{name} = {getattr(self, name)!r}: choose one of {', '.join(get_args(choices))}"
-                )
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(get_args(choices))}")
         if self.layers < 1 or self.sketch_size < 1 or self.rebuild_limit < 1:
             raise ConfigError(
                 f"layers = {self.layers}, sketch_size = {self.sketch_size}, rebuild_limit = "
                 f"{self.rebuild_limit}: each must be at least 1"
             )
         if not 1 <= self.blocks <= self.layers or (self.blocks > 1 and self.tree != "medoid"):
-            raise ConfigError(
-                f"blocks = {self.blocks}: must lie in 1..{self.layers} (layers); 1 unless tree is medoid"
-            )
+            raise ConfigError(f"blocks = {self.blocks}: must lie in 1..{self.layers} (layers); 1 unless tree is medoid")
         if not (np.isfinite(self.exploration) and self.exploration >= 0) or not 0 <= self.seed < 2**64:
-            raise ConfigError(
-                f"exploration = {self.exploration}, seed = {self.seed}: need c >= 0, seed in [0, 2**64)"
-            )
+            raise ConfigError(f"exploration = {self.exploration}, seed = {self.seed}: need c >= 0, seed in [0, 2**64)")
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,8 +62,7 @@ class GradientProbe:
         # peft's own record of the sizes: a weight sharded by ZeRO-3 is empty.
         self._features = [_features(module) for _, module in self.modules]
         self._a0 = [
-            _rademacher(rank, in_features, seed, layer)
-            for layer, (in_features, _) in enumerate(self._features)
+            _rademacher(rank, in_features, seed, layer) for layer, (in_features, _) in enumerate(self._features)
         ]
 
     @property
@@ -107,9 +106,7 @@ class GradientProbe:
                 handle.remove()
         for name, gradient in zip(self.names, gradients, strict=True):
             if gradient is None:
-                raise ConfigError(
-                    f"the loss doesn't depend on {name}: turn gradient checkpointing off, or adapt less"
-                )
+                raise ConfigError(f"the loss doesn't depend on {name}: turn gradient checkpointing off, or adapt less")
         return [gradient.detach() for gradient in gradients]
 
 
@@ -160,9 +157,7 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _add_probe(
-    a0: Tensor, probe: Tensor, scale: float
-) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+def _add_probe(a0: Tensor, probe: Tensor, scale: float) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     def hook(_: nn.Module, args: tuple[Any, ...], y_BTO: Tensor) -> Tensor:
         # x is detached: at B = 0 this path adds nothing to x's gradient. float32, so that the sum over tokens
         # of a bf16 model doesn't stall.

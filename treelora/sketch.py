@@ -71,9 +71,7 @@ class CountSketch:
             raise DataError(f"{len(vectors)} vectors for {layers} layers: pass one vector a layer")
         offsets = [offset] * layers if isinstance(offset, int) else list(offset)
         if len(offsets) != layers:
-            raise DataError(
-                f"{len(offsets)} offsets for {layers} layers: pass one offset a layer, or one number"
-            )
+            raise DataError(f"{len(offsets)} offsets for {layers} layers: pass one offset a layer, or one number")
         rows = [self._layer(layer, vectors[layer], offsets[layer]) for layer in range(layers)]
         return torch.stack(rows)
 
@@ -111,9 +109,7 @@ def normalise(sketch_LK: Tensor) -> Tensor:
     bad_L = ~torch.isfinite(sketch_LK).all(dim=1)
     if bool(bad_L.any()):
         layer = int(bad_L.nonzero()[0, 0])
-        raise DataError(
-            f"layer {layer}: the sketch holds NaN or infinity; drop the step whose loss overflowed"
-        )
+        raise DataError(f"layer {layer}: the sketch holds NaN or infinity; drop the step whose loss overflowed")
     # Dividing by the largest entry first keeps the squares of tiny and of huge gradients representable.
     peak_L1 = sketch_LK.abs().amax(dim=1, keepdim=True)
     scaled_LK = sketch_LK / torch.where(peak_L1 > 0, peak_L1, 1.0)

@@ -52,9 +52,7 @@ def choose_rows(labels: npt.ArrayLike, limit: int | None, seed: int) -> Indices:
     labels = np.asarray(labels)
     if limit is None or limit >= len(labels):
         return np.arange(len(labels), dtype=np.int64)
-    ranks = np.argsort(
-        np.argsort(np.random.Philox(key=[seed, len(labels)]).random_raw(len(labels)), kind="stable")
-    )
+    ranks = np.argsort(np.argsort(np.random.Philox(key=[seed, len(labels)]).random_raw(len(labels)), kind="stable"))
     place_in_label = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
         mine = np.flatnonzero(labels == label)
@@ -101,9 +99,7 @@ class Unit:
         for rows in deal:
             batch = collate([self._pair(int(row)) for row in rows], self.pad_id)
             tensors = {
-                name: v.to(device, non_blocking=True)
-                for name, v in batch.items()
-                if isinstance(v, torch.Tensor)
+                name: v.to(device, non_blocking=True) for name, v in batch.items() if isinstance(v, torch.Tensor)
             }
             batches.append(Batch(answer_width=batch["answer_width"], **tensors))  # type: ignore[typeddict-item]
         return batches

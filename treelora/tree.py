@@ -179,9 +179,7 @@ class SignatureTree:
     def to_json(self) -> str:
         """One JSON object; floats survive exactly."""
         arrays = {name: getattr(self, name).tolist() for name in ("left", "right", "task", "delta")}
-        return json.dumps(
-            {"format": FORMAT, "kind": self.kind, "blocks": self.blocks, **arrays}, allow_nan=False
-        )
+        return json.dumps({"format": FORMAT, "kind": self.kind, "blocks": self.blocks, **arrays}, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> SignatureTree:
@@ -192,13 +190,9 @@ class SignatureTree:
             delta = np.array(record["delta"], dtype=np.float64)
             kind, blocks, version = record["kind"], record["blocks"], record["format"]
         except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise CheckpointError(
-                f"tree JSON can't be read ({error!r}); restore it from another checkpoint"
-            ) from None
+            raise CheckpointError(f"tree JSON can't be read ({error!r}); restore it from another checkpoint") from None
         problem = (
-            tree_check.problem(left, right, task, delta)
-            if version == FORMAT
-            else f"format {version!r}, not {FORMAT}"
+            tree_check.problem(left, right, task, delta) if version == FORMAT else f"format {version!r}, not {FORMAT}"
         )
         if problem:
             raise CheckpointError(f"tree JSON is malformed: {problem}; restore it from another checkpoint")

@@ -21,9 +21,7 @@ def checked_signatures(signatures: np.ndarray) -> np.ndarray:
         raise DataError(f"signatures have shape {list(signatures.shape)}: need [N, L, K], all at least 1")
     bad = np.argwhere(~np.isfinite(signatures).all(axis=2))
     if len(bad):
-        raise DataError(
-            f"signature of task {bad[0, 0]}, layer {bad[0, 1]} holds NaN or infinity: measure it again"
-        )
+        raise DataError(f"signature of task {bad[0, 0]}, layer {bad[0, 1]} holds NaN or infinity: measure it again")
     return signatures
 
 
@@ -34,9 +32,7 @@ def check_kind(kind: str, blocks: int, layers: int, error: type[Exception] = Con
     if not isinstance(blocks, int) or not 1 <= blocks <= layers:
         raise error(f"blocks = {blocks!r}: must lie in 1..{layers}, the number of layers")
     if kind != "medoid" and blocks != 1:
-        raise error(
-            f"blocks = {blocks} with tree = {kind!r}: only the medoid tree has blocks; set blocks to 1"
-        )
+        raise error(f"blocks = {blocks} with tree = {kind!r}: only the medoid tree has blocks; set blocks to 1")
 
 
 def problem(left: np.ndarray, right: np.ndarray, task: np.ndarray, delta: np.ndarray) -> str | None:

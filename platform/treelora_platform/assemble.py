@@ -146,9 +146,7 @@ def _units(config: ExperimentConfig, tasks: list[Task], splits: list[Split], pad
     sizes = [len(split) for split in splits]
     if METHODS[config.method].joint or not METHODS[config.method].trains:
         everything = tuple(range(len(tasks)))
-        plan = BatchPlan(
-            sum(sizes), batch, max_steps=joint_steps(config, sizes), seed=config.seed, task_index=0
-        )
+        plan = BatchPlan(sum(sizes), batch, max_steps=joint_steps(config, sizes), seed=config.seed, task_index=0)
         return [Unit("all tasks", everything, tuple(splits), plan, pad_id, accumulation)]
     units = []
     for i, (task, split) in enumerate(zip(tasks, splits, strict=True)):

@@ -1,8 +1,9 @@
 """Commits: everything needed to go on, written by rank 0 and read by every rank of the next attempt.
 
-A commit is a folder `checkpoints/<global step>-<unit>-<phase>/` of safetensors and JSON whose manifest, with a SHA-256 of
-every file, is written last; the folder then gets its name by one rename. What is incomplete or altered is therefore seen,
-and the commit before it is used. `ray.train.report` plays no part: its return doesn't promise that anything is on disk.
+A commit is a folder `checkpoints/<global step>-<unit>-<phase>/` of safetensors and JSON whose manifest, with a SHA-256
+of every file, is written last; the folder then gets its name by one rename. What is incomplete or altered is therefore
+seen, and the commit before it is used. `ray.train.report` plays no part: its return doesn't promise that anything is on
+disk.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def write_commit(run_dir: Path, commit: Commit, keep: int) -> Path:
     """
     folder = run_dir / "checkpoints"
     position = commit.position
-    name = f"{position.global_step:08d}-{position.unit:04d}-{'trained' if position.trained else 'step'}{position.step:06d}"
+    name = (
+        f"{position.global_step:08d}-{position.unit:04d}-{'trained' if position.trained else 'step'}{position.step:06d}"
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
@@ -69,9 +72,7 @@ def write_commit(run_dir: Path, commit: Commit, keep: int) -> Path:
         os.replace(scratch, target)
         _sync(folder)
     except OSError as error:
-        raise CheckpointError(
-            f"{folder}: the commit of step {position.global_step} failed: {error}"
-        ) from error
+        raise CheckpointError(f"{folder}: the commit of step {position.global_step} failed: {error}") from error
     for old in list(_newest_first(run_dir))[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -79,7 +80,7 @@ def write_commit(run_dir: Path, commit: Commit, keep: int) -> Path:
 
 def newest_commit(run_dir: Path) -> tuple[Commit | None, list[str]]:
     """The newest commit that is whole, and what was wrong with newer ones."""
-    troubles = []
+    troubles: list[str] = []
     for folder in _newest_first(run_dir):
         try:
             return read_commit(folder), troubles

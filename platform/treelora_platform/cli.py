@@ -76,15 +76,11 @@ def _console() -> Console:
 def run(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the run stopped (also the default).")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped (also the default).")] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete what a run of this name has left, begin anew.")
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Go on although the configuration has changed.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go on although the configuration has changed.")] = False,
 ) -> None:
     """Run one experiment, on this machine or on the cluster that RAY_ADDRESS names.
 
@@ -152,9 +148,7 @@ def demo(
 def extend(
     run_dir: RunDir,
     task: Annotated[str, typer.Option(help="Name of the new task in its source.")],
-    source: Annotated[
-        str, typer.Option(help="builtin, parquet, olora, trace, jsonl, csv or hf.")
-    ] = "parquet",
+    source: Annotated[str, typer.Option(help="builtin, parquet, olora, trace, jsonl, csv or hf.")] = "parquet",
     path: Annotated[str | None, typer.Option(help="Where the source reads the task from.")] = None,
 ) -> None:
     """Teach a finished run one more task, perhaps months later; nothing of the earlier tasks is trained again."""
@@ -184,12 +178,8 @@ def track(
 @friendly
 def report(
     run_dir: RunDir,
-    other: Annotated[
-        Path | None, typer.Argument(metavar="[OTHER]", help="A second run, side by side.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="File to write; default: report.html in the run's folder.")
-    ] = None,
+    other: Annotated[Path | None, typer.Argument(metavar="[OTHER]", help="A second run, side by side.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; default: report.html in the run's folder.")] = None,
 ) -> None:
     """Write a run's HTML report, alone or beside another run."""
     from treelora_platform.report import write_report
@@ -213,12 +203,8 @@ def data_import(
     source: Annotated[str, typer.Argument(help="olora, trace, jsonl, csv, hf or parquet.")],
     path: Annotated[str, typer.Argument(help="Folder, file, URI or Hugging Face id to read.")],
     out: Annotated[Path, typer.Argument(help="Folder that gets a folder for each task.")],
-    task: Annotated[
-        list[str] | None, typer.Option(help="Only this task; may be given several times.")
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE for the importer, such as answer=label.")
-    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be given several times.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the importer, such as answer=label.")] = None,
 ) -> None:
     """Turn tasks of another format into Parquet; says which rows could not be used, and why."""
     from treelora.data.sources import import_tasks

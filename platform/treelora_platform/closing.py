@@ -18,6 +18,4 @@ def close_run(run_dir: Path, config: ExperimentConfig, run_id: str | None, statu
 
         save_figures(run_dir, run_dir / "figures")
         artifacts += [run_dir / "figures", write_report(run_dir)]
-    return finish_run(
-        run_dir, config.tracking.uri, run_id, status, [path for path in artifacts if path.exists()]
-    )
+    return finish_run(run_dir, config.tracking.uri, run_id, status, [path for path in artifacts if path.exists()])

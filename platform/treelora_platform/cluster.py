@@ -63,9 +63,7 @@ def _expect_answer(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise TreeLoRAError(
-            f"RAY_ADDRESS {address!r}: nothing answers there ({error}); is the cluster up?"
-        ) from None
+        raise TreeLoRAError(f"RAY_ADDRESS {address!r}: nothing answers there ({error}); is the cluster up?") from None
 
 
 @contextmanager

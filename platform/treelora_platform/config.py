@@ -29,24 +29,12 @@ class _Section(BaseModel):
 class StreamConfig(_Section):
     """Which tasks arrive, in which order, and how many rows of each are used."""
 
-    source: Source = Field(
-        "builtin", description="Where the tasks come from: the built-in stream or an importer."
-    )
-    path: str | None = Field(
-        None, description="Folder, file, URI or Hugging Face id that the importer reads."
-    )
-    order: tuple[str, ...] = Field(
-        (), description="Task names in order of arrival; empty: all that the source has."
-    )
-    train_rows: int | None = Field(
-        None, ge=1, description="At most this many training rows a task (seeded choice)."
-    )
-    test_rows: int | None = Field(
-        None, ge=1, description="At most this many test rows a task, balanced over answers."
-    )
-    seed: int = Field(
-        0, ge=0, description="Seeds the generator of the built-in stream and the choice of rows."
-    )
+    source: Source = Field("builtin", description="Where the tasks come from: the built-in stream or an importer.")
+    path: str | None = Field(None, description="Folder, file, URI or Hugging Face id that the importer reads.")
+    order: tuple[str, ...] = Field((), description="Task names in order of arrival; empty: all that the source has.")
+    train_rows: int | None = Field(None, ge=1, description="At most this many training rows a task (seeded choice).")
+    test_rows: int | None = Field(None, ge=1, description="At most this many test rows a task, balanced over answers.")
+    seed: int = Field(0, ge=0, description="Seeds the generator of the built-in stream and the choice of rows.")
     options: dict[str, Any] = Field({}, description="Options of the importer, such as column names.")
 
     @field_validator("order")
@@ -54,9 +42,7 @@ class StreamConfig(_Section):
     def _no_task_twice(cls, order: tuple[str, ...]) -> tuple[str, ...]:
         twice = sorted({name for name in order if order.count(name) > 1})
         if twice:
-            raise ValueError(
-                f"names {', '.join(map(repr, twice))} more than once; a stream holds each task once"
-            )
+            raise ValueError(f"names {', '.join(map(repr, twice))} more than once; a stream holds each task once")
         return order
 
     @model_validator(mode="after")
@@ -81,15 +67,11 @@ class ModelConfig(_Section):
     random_weights: bool = Field(
         False, description="Build the model's shape with random weights: for speed measurements."
     )
-    template: str = Field(
-        "chat", description="`chat` (the model's own), `plain`, or a text that contains {prompt}."
-    )
+    template: str = Field("chat", description="`chat` (the model's own), `plain`, or a text that contains {prompt}.")
     system_prompt: str | None = Field(
         None, description="System message for the chat template; null: the template's own."
     )
-    max_length: int = Field(
-        512, ge=8, description="Longest row in tokens; prompts are cut on the left, answers never."
-    )
+    max_length: int = Field(512, ge=8, description="Longest row in tokens; prompts are cut on the left, answers never.")
 
     @field_validator("template")
     @classmethod
@@ -122,9 +104,7 @@ class TreeLoRASettings(_Section):
         "tree_lcb", description="How the arm is chosen (Eq. 2)."
     )
     tree: Literal["medoid", "agglomerative", "paper"] = Field("medoid", description="How the tree is built.")
-    penalty: Literal["none", "prox", "soft", "sign"] = Field(
-        "prox", description="The similarity penalty (Eq. 3)."
-    )
+    penalty: Literal["none", "prox", "soft", "sign"] = Field("prox", description="The similarity penalty (Eq. 3).")
     strength: float = Field(0.5, ge=0, description="Lambda of Eq. 3; the paper uses 0.5 for language models.")
     start: Literal["continue", "fresh", "tree_node"] = Field(
         "continue", description="The adapter that a task starts from."
@@ -132,16 +112,12 @@ class TreeLoRASettings(_Section):
     exploration: float = Field(0.25, ge=0, description="Constant c of the confidence bound.")
     sketch_size: int = Field(64, ge=1, description="Numbers kept of each layer's signature.")
     blocks: int = Field(1, ge=1, description="Blocks of layers that the tree's levels split on in turn.")
-    probe_batches: int = Field(
-        4, ge=1, description="Global batches that the signature of a task is measured on."
-    )
+    probe_batches: int = Field(4, ge=1, description="Global batches that the signature of a task is measured on.")
 
     @model_validator(mode="after")
     def _signature_fits_penalty(self) -> TreeLoRASettings:
         if self.penalty in ("soft", "sign") and self.signature != "gradient":
-            raise ValueError(
-                f"penalty {self.penalty!r} compares gradients in training; set signature to gradient"
-            )
+            raise ValueError(f"penalty {self.penalty!r} compares gradients in training; set signature to gradient")
         return self
 
 
@@ -150,23 +126,15 @@ class TrainSettings(_Section):
 
     global_batch: int = Field(8, ge=1, description="Rows a step, over all workers and accumulation.")
     accumulation: int = Field(1, ge=1, description="Micro-batches a worker takes for one step.")
-    epochs: float | None = Field(
-        None, gt=0, description="Passes over each task's rows; give this or `steps`."
-    )
+    epochs: float | None = Field(None, gt=0, description="Passes over each task's rows; give this or `steps`.")
     steps: int | None = Field(None, ge=1, description="Steps a task; give this or `epochs`.")
-    epochs_by_task: tuple[float, ...] = Field(
-        (), description="Passes for each task in order, where they differ."
-    )
+    epochs_by_task: tuple[float, ...] = Field((), description="Passes for each task in order, where they differ.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of a task's steps with rising learning rate.")
-    min_lr: float = Field(
-        0.1, ge=0, le=1, description="Learning rate at the end of a task, as a share of the peak."
-    )
+    min_lr: float = Field(0.1, ge=0, le=1, description="Learning rate at the end of a task, as a share of the peak.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
-    max_bad_steps: int = Field(
-        3, ge=1, description="Steps with a NaN or infinite loss in a row before the run stops."
-    )
+    max_bad_steps: int = Field(3, ge=1, description="Steps with a NaN or infinite loss in a row before the run stops.")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSettings:
@@ -188,9 +156,7 @@ class TrainSettings(_Section):
 class EngineSettings(_Section):
     """How a step is computed."""
 
-    kind: Literal["deepspeed", "torch"] = Field(
-        "deepspeed", description="`torch`: one process, without DeepSpeed."
-    )
+    kind: Literal["deepspeed", "torch"] = Field("deepspeed", description="`torch`: one process, without DeepSpeed.")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         2, description="What DeepSpeed ZeRO shards: 1 optimizer, 2 gradients, 3 weights."
     )
@@ -209,26 +175,20 @@ class EngineSettings(_Section):
 class EvaluationSettings(_Section):
     """What is scored after every task."""
 
-    modes: tuple[InferenceMode, ...] = Field(
-        ("last", "routed"), min_length=1, description="Inference modes to score."
-    )
+    modes: tuple[InferenceMode, ...] = Field(("last", "routed"), min_length=1, description="Inference modes to score.")
     batch_rows: int = Field(16, ge=1, description="Rows a forward pass.")
     max_new_tokens: int = Field(64, ge=1, description="Longest generated answer in tokens.")
     router_layer: int = Field(
         8, ge=0, description="Layer of the frozen model whose mean-pooled features the router reads."
     )
     router_rows: int = Field(96, ge=2, description="Training rows a task that the router is fitted on.")
-    in_context_examples: int = Field(
-        0, ge=0, description="Solved examples put before a test prompt (method `frozen`)."
-    )
+    in_context_examples: int = Field(0, ge=0, description="Solved examples put before a test prompt (method `frozen`).")
 
 
 class CheckpointSettings(_Section):
     """When progress is committed."""
 
-    every_steps: int | None = Field(
-        None, ge=1, description="Also commit every so many steps; null: at task ends only."
-    )
+    every_steps: int | None = Field(None, ge=1, description="Also commit every so many steps; null: at task ends only.")
     keep: int = Field(2, ge=1, description="Commits kept; older ones are deleted.")
 
 
@@ -253,20 +213,12 @@ class TrackingSettings(_Section):
 class ExperimentConfig(_Section):
     """One experiment: a method learns a stream of tasks on a model."""
 
-    name: str = Field(
-        "run", min_length=1, max_length=100, description="Name of the run, unique in output_dir."
-    )
-    seed: int = Field(
-        0, ge=0, lt=2**31, description="Seeds weights of new adapters, the order of rows and every RNG."
-    )
-    output_dir: str = Field(
-        "runs", description="Folder that holds the runs; on a cluster, one that all nodes see."
-    )
+    name: str = Field("run", min_length=1, max_length=100, description="Name of the run, unique in output_dir.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seeds weights of new adapters, the order of rows and every RNG.")
+    output_dir: str = Field("runs", description="Folder that holds the runs; on a cluster, one that all nodes see.")
     method: MethodName = Field("treelora", description="Continual-learning method.")
     stream: StreamConfig = StreamConfig()
-    extensions: tuple[StreamConfig, ...] = Field(
-        (), description="Tasks that came later; `treelora extend` adds them."
-    )
+    extensions: tuple[StreamConfig, ...] = Field((), description="Tasks that came later; `treelora extend` adds them.")
     model: ModelConfig = ModelConfig()
     lora: LoraSettings = LoraSettings()
     treelora: TreeLoRASettings = TreeLoRASettings()
@@ -282,18 +234,14 @@ class ExperimentConfig(_Section):
         share = self.cluster.workers * self.train.accumulation
         if self.train.global_batch % share:
             raise ValueError(
-                f"train.global_batch {self.train.global_batch} can't be dealt evenly to {self.cluster.workers} workers x "
-                f"accumulation {self.train.accumulation}; make it a multiple of {share}"
+                f"train.global_batch {self.train.global_batch} can't be dealt evenly to {self.cluster.workers} workers "
+                f"x accumulation {self.train.accumulation}; make it a multiple of {share}"
             )
         if self.engine.kind == "torch" and self.cluster.workers != 1:
             raise ValueError(
                 f"engine.kind torch runs in one process; set cluster.workers to 1, not {self.cluster.workers}"
             )
-        if (
-            self.train.epochs_by_task
-            and self.stream.order
-            and len(self.train.epochs_by_task) != len(self.stream.order)
-        ):
+        if self.train.epochs_by_task and self.stream.order and len(self.train.epochs_by_task) != len(self.stream.order):
             raise ValueError(
                 f"train.epochs_by_task has {len(self.train.epochs_by_task)} numbers for {len(self.stream.order)} tasks"
             )
@@ -311,11 +259,7 @@ class ExperimentConfig(_Section):
 
     def digest(self) -> str:
         """SHA-256 of what determines the result; where it is kept, tracked and computed doesn't."""
-        plain = {
-            k: v
-            for k, v in self.as_dict().items()
-            if k not in ("output_dir", "tracking", "checkpoint", "name")
-        }
+        plain = {k: v for k, v in self.as_dict().items() if k not in ("output_dir", "tracking", "checkpoint", "name")}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def as_yaml(self) -> str:
@@ -329,9 +273,7 @@ def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [(prefix.rstrip("."), tree)]
 
 
-def load_config(
-    path: str | Path, overrides: Annotated[list[str], "key=value"] | None = None
-) -> ExperimentConfig:
+def load_config(path: str | Path, overrides: Annotated[list[str], "key=value"] | None = None) -> ExperimentConfig:
     """Read a YAML file, apply dotted `key=value` overrides, and validate.
 
     Raises:
@@ -341,9 +283,7 @@ def load_config(
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: there is no such file; `jobs/configs/` has recipes to start from"
-        ) from None
+        raise ConfigError(f"{path}: there is no such file; `jobs/configs/` has recipes to start from") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read ({error})") from None
     except yaml.YAMLError as error:
@@ -351,9 +291,7 @@ def load_config(
     if plain is None:
         plain = {}
     if not isinstance(plain, dict):
-        raise ConfigError(
-            f"{path}: holds a {type(plain).__name__}; a configuration is a mapping of keys to values"
-        )
+        raise ConfigError(f"{path}: holds a {type(plain).__name__}; a configuration is a mapping of keys to values")
     for override in overrides or []:
         _apply(plain, override)
     return parse_config(plain, origin=str(path))

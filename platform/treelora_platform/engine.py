@@ -62,9 +62,7 @@ def deepspeed_config(config: ExperimentConfig, world_size: int, trainable: int) 
 class DeepSpeedEngine:
     """A data-parallel worker of DeepSpeed. `torch.distributed` must be initialised, as Ray Train does."""
 
-    def __init__(
-        self, module: nn.Module, spec: OptimizerSpec, config: ExperimentConfig, device: torch.device
-    ):
+    def __init__(self, module: nn.Module, spec: OptimizerSpec, config: ExperimentConfig, device: torch.device):
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self.stage = config.engine.zero_stage
         self.accumulation = config.train.accumulation
@@ -128,7 +126,9 @@ class DeepSpeedEngine:
     def adapter_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
         return {
-            name: safe_get_full_fp32_param(p) if self.stage == 3 and p.numel() != p.ds_numel else p.detach()
+            name: safe_get_full_fp32_param(p)
+            if self.stage == 3 and p.numel() != getattr(p, "ds_numel", 0)
+            else p.detach()
             for name, p in self.parameters.items()
         }
 
@@ -163,9 +163,7 @@ class DeepSpeedEngine:
         for name, parameter in self.parameters.items():
             for moment in MOMENTS:
                 value = (
-                    moments[parameter][moment]
-                    if self.stage == 0
-                    else safe_get_full_optimizer_state(parameter, moment)
+                    moments[parameter][moment] if self.stage == 0 else safe_get_full_optimizer_state(parameter, moment)
                 )
                 saved[f"{moment}/{name}"] = value.detach().float().cpu().clone()
         return saved

@@ -23,13 +23,9 @@ def extend_run(run_dir: Path, source: str, path: str | None, task: str, console:
     if config.method in ("joint", "frozen"):
         raise ConfigError(f"{run_dir}: method {config.method} learns no stream that could go on")
     if record.get("status") != "FINISHED":
-        raise ConfigError(
-            f"{run_dir}: the run is {record.get('status', 'unknown')}; `treelora run` finishes it first"
-        )
+        raise ConfigError(f"{run_dir}: the run is {record.get('status', 'unknown')}; `treelora run` finishes it first")
     if task in record.get("tasks", []):
-        raise ConfigError(
-            f"{run_dir}: task {task!r} is already learnt; it knows {', '.join(record['tasks'])}"
-        )
+        raise ConfigError(f"{run_dir}: task {task!r} is already learnt; it knows {', '.join(record['tasks'])}")
     plain = config.as_dict()
     rows = {key: plain["stream"][key] for key in ("train_rows", "test_rows", "seed")}
     plain["stream"]["order"] = plain["stream"]["order"] or record["tasks"]

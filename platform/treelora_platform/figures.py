@@ -32,9 +32,7 @@ BINS = 240  # more columns than this can't be told apart
 Runs = Sequence[tuple[str, pa.Table]]  # name of a run, and its steps or scores
 
 
-def save_figures(
-    run_dir: Path, folder: Path | None = None, formats: Sequence[str] = ("png", "svg")
-) -> list[Path]:
+def save_figures(run_dir: Path, folder: Path | None = None, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
     """Draw all that the run has data for into `folder` (default: `<run_dir>/figures`); returns the files
     written.
 
@@ -127,9 +125,7 @@ def transfer_figure(runs: Runs) -> Figure:
         upper.set(title="Overall performance: mean score so far (more is better)", ylabel="OP (%)")
         upper.margins(y=0.15)
         lower.set(title="Backward transfer: what was forgotten (less is better)", ylabel="BWT (points)")
-        lower.set(
-            xlabel="tasks learnt", xticks=range(1, last + 1, max(1, last // 12)), xlim=(0.8, last + 0.2)
-        )
+        lower.set(xlabel="tasks learnt", xticks=range(1, last + 1, max(1, last // 12)), xlim=(0.8, last + 0.2))
         lower.axhline(0, color=INK, linewidth=0.8, alpha=0.6)
         for axes in (upper, lower):
             axes.grid(axis="y")
@@ -159,9 +155,7 @@ def arms_figure(steps: pa.Table, names: dict[int, str]) -> Figure:
     at = rows["global_step"].to_numpy()
     arms = rows["arms"].to_pylist()
     tasks = 1 + max((max(row, default=0) for row in arms), default=0)
-    share = np.array(
-        [np.bincount(np.array(row, dtype=int), minlength=tasks) / max(1, len(row)) for row in arms]
-    )
+    share = np.array([np.bincount(np.array(row, dtype=int), minlength=tasks) / max(1, len(row)) for row in arms])
     edges = np.linspace(at[0] - 0.5, at[-1] + 0.5, min(BINS, at[-1] - at[0] + 1) + 1)
     bins = np.digitize(at, edges) - 1
     image = np.full((tasks, len(edges) - 1), np.nan)
@@ -177,9 +171,7 @@ def arms_figure(steps: pa.Table, names: dict[int, str]) -> Figure:
         axes.set_yticks(range(tasks), [short(names.get(i, f"task {i}")) for i in range(tasks)])
         axes.set(title="Arms: which past task the layers look at", xlabel="step", ylabel="past task")
         _mark_tasks(axes, rows)
-        figure.colorbar(shown, ax=axes, label="share of layers", fraction=0.04, pad=0.02).outline.set_visible(
-            False
-        )
+        figure.colorbar(shown, ax=axes, label="share of layers", fraction=0.04, pad=0.02).outline.set_visible(False)
         return figure
 
 

@@ -57,7 +57,7 @@ class PlatformHooks:
         """See `Hooks`."""
         engine, method = loop.engine, loop.method
         parts: dict[str, dict[str, Tensor]] = {"adapter": read_adapter(engine)}
-        within_task = 0 < position.step and not position.trained
+        within_task = position.step > 0 and not position.trained
         if within_task:
             parts["optimizer"] = engine.optimizer_state()
         if loop.method.trains:
@@ -78,7 +78,8 @@ class PlatformHooks:
         engine.broadcast(None)
 
     def _memory(self, method: TreeLoRA, position: Position, loop: StreamLoop) -> dict[str, Tensor]:
-        assert method.memory and self.recorder
+        assert method.memory
+        assert self.recorder
         state = method.memory.state_dict()
         self._memory_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         if position.trained:

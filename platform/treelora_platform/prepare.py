@@ -80,10 +80,8 @@ def _prepare(settings: StreamConfig, cache: Path) -> tuple[list[Task], dict[str,
     from treelora.data.sources import import_tasks
 
     assert settings.path
-    reports = import_tasks(
-        settings.source, settings.path, wanted, cache / _short_digest(key), options=settings.options
-    )
-    return [open_task(r.folder) for r in reports], {r.task: dict(r.skipped) for r in reports if r.skipped}
+    reports = import_tasks(settings.source, settings.path, wanted, cache / _short_digest(key), options=settings.options)
+    return [r.task for r in reports], {r.task.name: dict(r.skipped) for r in reports if r.skipped}
 
 
 def _with_examples(task: Task, config: ExperimentConfig) -> Task:
@@ -96,11 +94,7 @@ def _with_examples(task: Task, config: ExperimentConfig) -> Task:
     solved = task.read("train")
     labels = [task.choices.index(row.answer) if row.answer in task.choices else -1 for row in solved]
     chosen = [solved[i] for i in choose_rows(labels, count, config.seed)]
-    folder = (
-        cache_folder(config)
-        / "tasks"
-        / _short_digest(["examples", count, config.seed, task.fingerprint("train")])
-    )
+    folder = cache_folder(config) / "tasks" / _short_digest(["examples", count, config.seed, task.fingerprint("train")])
     for split in task.splits:
         rows, meta = read_split(task.path(split))
         write_split(folder / task.slug / f"{split}.parquet", in_context(rows, chosen), meta)
@@ -124,13 +118,11 @@ def check_storage(config: ExperimentConfig) -> None:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise ConfigError(
-            f"output_dir {str(folder)!r} can't be written to: {error.strerror or error}"
-        ) from None
+        raise ConfigError(f"output_dir {str(folder)!r} can't be written to: {error.strerror or error}") from None
     free = shutil.disk_usage(folder).free
     if free < FREE_BYTES_NEEDED:
         raise ConfigError(
-            f"output_dir {str(folder)!r} has {free / 1e6:.0f} MB free; a run needs at least {FREE_BYTES_NEEDED / 1e6:.0f} MB"
+            f"output_dir {str(folder)!r} has {free / 1e6:.0f} MB free; a run needs {FREE_BYTES_NEEDED / 1e6:.0f} MB"
         )
 
 
@@ -143,9 +135,7 @@ def steps_of(config: ExperimentConfig, unit: int, rows: int) -> dict[str, Any]:
         return {
             "max_steps": max(
                 1,
-                math.ceil(
-                    train.epochs_by_task[min(unit, len(train.epochs_by_task) - 1)] * rows / train.global_batch
-                ),
+                math.ceil(train.epochs_by_task[min(unit, len(train.epochs_by_task) - 1)] * rows / train.global_batch),
             )
         }
     return {"epochs": train.epochs}
@@ -157,9 +147,5 @@ def joint_steps(config: ExperimentConfig, rows_by_task: list[int]) -> int:
     if config.train.steps is not None:
         return config.train.steps * len(rows_by_task)
     given = config.train.epochs_by_task
-    epochs = [
-        given[min(i, len(given) - 1)] if given else config.train.epochs for i in range(len(rows_by_task))
-    ]
-    return sum(
-        max(1, math.ceil(float(e or 0) * rows / batch)) for e, rows in zip(epochs, rows_by_task, strict=True)
-    )
+    epochs = [given[min(i, len(given) - 1)] if given else config.train.epochs for i in range(len(rows_by_task))]
+    return sum(max(1, math.ceil(float(e or 0) * rows / batch)) for e, rows in zip(epochs, rows_by_task, strict=True))

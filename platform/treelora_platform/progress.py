@@ -90,9 +90,7 @@ class Watcher:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(
-            "", total=None, label=label, what="starting Ray and the workers", eta=""
-        )
+        self._task = self._bar.add_task("", total=None, label=label, what="starting Ray and the workers", eta="")
 
     def __enter__(self) -> Watcher:
         self._bar.start()
@@ -155,9 +153,7 @@ class Watcher:
         if not self.console.is_terminal and time.monotonic() - self._printed > QUIET_S:
             self._printed = time.monotonic()
             done = f"{self._eta.done_steps}/{sum(self._eta.steps)} steps" if self._eta else ""
-            self.console.print(
-                f"  {format_seconds(self._elapsed())}  {self.label}: {what}  {done}  {eta}".rstrip()
-            )
+            self.console.print(f"  {format_seconds(self._elapsed())}  {self.label}: {what}  {done}  {eta}".rstrip())
 
     def _elapsed(self) -> float:
         return self._bar.tasks[self._task].elapsed or 0.0

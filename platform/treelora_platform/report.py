@@ -70,12 +70,8 @@ def write_report(run_dir: Path, out: Path | None = None, other: Path | None = No
     runs = [_read(folder) for folder in (run_dir, other) if folder is not None]
     if len({run.label for run in runs}) < len(runs):
         runs = [_relabel(run, f"{run.label} #{i}") for i, run in enumerate(runs, start=1)]
-    template = (
-        resources.files("treelora_platform").joinpath("templates", TEMPLATE).read_text(encoding="utf-8")
-    )
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    template = resources.files("treelora_platform").joinpath("templates", TEMPLATE).read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template).render(
         title=" against ".join(run.label for run in runs),
         labels=[run.label for run in runs],
@@ -182,10 +178,7 @@ def _matrix(run: _Run, mode: str) -> dict[str, Any]:
     return {
         "mode": mode,
         "columns": [column for column, shown in zip(columns, measured, strict=True) if shown],
-        "rows": [
-            (name, [_cell(value) for value in row])
-            for name, row in zip(names, matrix[:, measured], strict=True)
-        ],
+        "rows": [(name, [_cell(value) for value in row]) for name, row in zip(names, matrix[:, measured], strict=True)],
         "means": [_mean(mean) for mean, shown in zip(means, measured, strict=True) if shown],
         "numbers": [("OP", format_number(found.op)), ("BWT", format_number(found.bwt))],
     }

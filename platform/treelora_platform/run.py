@@ -20,6 +20,7 @@ from treelora_platform.config import ExperimentConfig, parse_config
 from treelora_platform.prepare import PreparedStream, cache_folder, check_storage, prepare_stream, run_folder
 from treelora_platform.provenance import versions
 from treelora_platform.run_tables import read_config_yaml, read_run_json
+from treelora_platform.tracking_state import Status
 
 RUN_JSON = "run.json"
 
@@ -83,8 +84,8 @@ def check_resources(config: ExperimentConfig) -> None:
     need, have = cluster.workers * cluster.cpus_per_worker, os.cpu_count() or 1
     if need > have:
         raise ConfigError(
-            f"cluster: {cluster.workers} workers x {cluster.cpus_per_worker:g} CPUs need {need:g} CPUs, this machine has "
-            f"{have}; lower cluster.workers or cluster.cpus_per_worker, or set RAY_ADDRESS to a larger cluster"
+            f"cluster: {cluster.workers} workers x {cluster.cpus_per_worker:g} CPUs need {need:g} CPUs, this machine "
+            f"has {have}; lower cluster.workers or cluster.cpus_per_worker, or set RAY_ADDRESS to a larger cluster"
         )
     if cluster.gpus_per_worker:
         import torch
@@ -92,8 +93,8 @@ def check_resources(config: ExperimentConfig) -> None:
         need, have = cluster.workers * cluster.gpus_per_worker, torch.cuda.device_count()
         if need > have:
             raise ConfigError(
-                f"cluster: {cluster.workers} workers x {cluster.gpus_per_worker:g} GPUs need {need:g} GPUs, this machine "
-                f"has {have}; set cluster.gpus_per_worker to 0, or RAY_ADDRESS to a cluster with GPUs"
+                f"cluster: {cluster.workers} workers x {cluster.gpus_per_worker:g} GPUs need {need:g} GPUs, this "
+                f"machine has {have}; set cluster.gpus_per_worker to 0, or RAY_ADDRESS to a cluster with GPUs"
             )
 
 
@@ -154,10 +155,9 @@ def _execute(
     }
     commit, _ = newest_commit(run_dir)
     if commit:
-        console.print(
-            f"going on after {commit.position.global_step} steps, at task {commit.position.unit + 1}"
-        )
-    status, failure = "FAILED", None
+        console.print(f"going on after {commit.position.global_step} steps, at task {commit.position.unit + 1}")
+    status: Status = "FAILED"
+    failure = None
     try:
         with Watcher(run_dir / "events.jsonl", console, config.method):
             connect(config)
@@ -172,9 +172,7 @@ def _execute(
         _write_record(run_dir, record)
         report = close_run(run_dir, config, run_id, status)
     if failure:
-        raise RunFailedError(
-            f"{failure}\nWhat was committed is in {run_dir}; the same command goes on from there"
-        )
+        raise RunFailedError(f"{failure}\nWhat was committed is in {run_dir}; the same command goes on from there")
     if not report.sent:
         console.print(f"[yellow]MLflow is not complete:[/] {report.error}. {report.hint}")
     return Outcome(run_dir, run_id)

@@ -111,9 +111,7 @@ def read_steps(run_dir: Path, after: int = -1, columns: list[str] | None = None)
     Raises:
         DataError: a part that can't be read, or lacks a column, or has another type there.
     """
-    schema = (
-        STEPS if columns is None else pa.schema([STEPS.field(name) for name in ["global_step", *columns]])
-    )
+    schema = STEPS if columns is None else pa.schema([STEPS.field(name) for name in ["global_step", *columns]])
     tables = [read_table(part.path, schema) for part in steps_parts(run_dir) if part.last > after]
     table = pa.concat_tables(tables) if tables else schema.empty_table()
     steps = table["global_step"].to_numpy()
@@ -146,10 +144,7 @@ def task_names(run_dir: Path) -> dict[int, str]:
             read_tasks(run_dir),
             read_steps(run_dir, columns=["task", "task_index"]),
         )
-        for row in table.select(["task_index", "task"])
-        .group_by(["task_index", "task"])
-        .aggregate([])
-        .to_pylist()
+        for row in table.select(["task_index", "task"]).group_by(["task_index", "task"]).aggregate([]).to_pylist()
     )
     return dict(sorted(pairs))
 
@@ -233,9 +228,7 @@ def _read_tree(path: Path, after_index: int) -> TreeSnapshot:
         # a number a node, or a number a node and layer
         delta = tuple(float(np.mean(value)) for value in plain["delta"])
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{path}: is not a tree of arrays names, left, right, task, delta ({error!r})"
-        ) from None
+        raise DataError(f"{path}: is not a tree of arrays names, left, right, task, delta ({error!r})") from None
     if not left or len({len(left), len(right), len(task), len(delta)}) != 1:
         raise DataError(f"{path}: the arrays left, right, task, delta differ in length or are empty")
     parent = [-1] * len(left)
@@ -243,9 +236,7 @@ def _read_tree(path: Path, after_index: int) -> TreeSnapshot:
         leaf = children == (-1, -1)
         # children come after their parent, so there are no cycles
         if not leaf and any(not node < child < len(left) or parent[child] != -1 for child in children):
-            raise DataError(
-                f"{path}: node {node} has children {children}; they must follow it and be its own"
-            )
+            raise DataError(f"{path}: node {node} has children {children}; they must follow it and be its own")
         if leaf and not 0 <= task[node] < len(names):
             raise DataError(f"{path}: leaf {node} is task {task[node]}, but there are {len(names)} names")
         for child in () if leaf else children:

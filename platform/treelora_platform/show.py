@@ -52,9 +52,7 @@ def show_matrices(run_dir: Path, console: Console, modes: Sequence[str] | None =
     scores = read_scores(run_dir)
     for mode in modes or modes_of(scores):
         part = matrix_from_table(scores, mode)
-        console.print(
-            render_matrix(part, names_of(scores), title=f"Score (%) after each task, inference {mode}")
-        )
+        console.print(render_matrix(part, names_of(scores), title=f"Score (%) after each task, inference {mode}"))
 
 
 def show_tree(run_dir: Path, console: Console) -> None:
@@ -116,12 +114,8 @@ def show_stream(prepared: PreparedStream, console: Console) -> None:
     for column in ("#", "task", "kind", "metric", "choices", "rows left out"):
         table.add_column(column)
     for number, task in enumerate(prepared.stream, start=1):
-        left_out = ", ".join(
-            f"{count} {reason}" for reason, count in prepared.skipped.get(task.name, {}).items()
-        )
-        table.add_row(
-            str(number), escape(task.name), task.kind, task.metric, escape(", ".join(task.choices)), left_out
-        )
+        left_out = ", ".join(f"{count} {reason}" for reason, count in prepared.skipped.get(task.name, {}).items())
+        table.add_row(str(number), escape(task.name), task.kind, task.metric, escape(", ".join(task.choices)), left_out)
     console.print(table)
 
 
@@ -133,7 +127,7 @@ def show_imports(reports: Sequence[ImportReport], console: Console) -> None:
     for report in reports:
         rows = ", ".join(f"{split} {count}" for split, count in report.rows.items())
         left_out = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
-        table.add_row(escape(report.task), rows, escape(left_out), str(report.folder))
+        table.add_row(escape(report.task.name), rows, escape(left_out), str(Path(report.task.path("train")).parent))
     console.print(table)
 
 
@@ -146,17 +140,13 @@ def show_tasks(folder: Path, rows: int, console: Console) -> None:
     from treelora.data import open_task
 
     found = (
-        [folder]
-        if (folder / "train.parquet").exists()
-        else sorted(p.parent for p in folder.glob("*/train.parquet"))
+        [folder] if (folder / "train.parquet").exists() else sorted(p.parent for p in folder.glob("*/train.parquet"))
     )
     if not found:
         raise DataError(f"{folder}: no task is there; `treelora data import` makes some")
     for place in found:
         task = open_task(place)
-        console.print(
-            f"[bold]{escape(task.name)}[/]  {task.kind}, {task.metric}; {escape(', '.join(task.choices))}"
-        )
+        console.print(f"[bold]{escape(task.name)}[/]  {task.kind}, {task.metric}; {escape(', '.join(task.choices))}")
         for split in task.splits:
             examples = task.read(split)
             console.print(f"  {split}: {len(examples)} rows")

@@ -61,9 +61,7 @@ class Sender:
         DataError: `tracking.json` is damaged, or there is neither an id nor a plan.
     """
 
-    def __init__(
-        self, run_dir: Path, address: str, run_id: str | None, connect: Callable[[str], Server]
-    ) -> None:
+    def __init__(self, run_dir: Path, address: str, run_id: str | None, connect: Callable[[str], Server]) -> None:
         self.run_dir, self.address = run_dir, address
         state = State.load(run_dir)
         self.state = replace(state, tracking_uri=hide_credentials(address), run_id=run_id or state.run_id)

@@ -235,9 +235,7 @@ def _complete(sender: Sender, drain_s: float) -> FinishReport:
         if not sender.send(time.monotonic() + drain_s):
             problem = f"not all was sent within {drain_s:g} s"
         elif sender.state.finish and (missing := sender.finish(sender.state.finish)):
-            return FinishReport(
-                True, sender.state.run_id, f"{sender.run_dir}: there is no {', '.join(missing)}"
-            )
+            return FinishReport(True, sender.state.run_id, f"{sender.run_dir}: there is no {', '.join(missing)}")
     except _refusals() as error:
         problem = _one_line(error)
     return FinishReport(not problem, sender.state.run_id, problem, _hint(sender.run_dir) if problem else None)

@@ -75,15 +75,11 @@ class State:
             plan, finish = plain.pop("plan"), plain.pop("finish")
             if finish:
                 finish["artifacts"] = tuple(finish["artifacts"])
-            return cls(
-                **plain, plan=RunPlan(**plan) if plan else None, finish=Finish(**finish) if finish else None
-            )
+            return cls(**plain, plan=RunPlan(**plan) if plan else None, finish=Finish(**finish) if finish else None)
         except FileNotFoundError:
             return cls()
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-            raise DataError(
-                f"{path}: can't be read ({error}); put run.json's mlflow_run_id in a new one"
-            ) from None
+            raise DataError(f"{path}: can't be read ({error}); put run.json's mlflow_run_id in a new one") from None
 
     def save(self, run_dir: Path) -> None:
         """Write atomically: a reader sees this state or the one before."""

@@ -1,7 +1,8 @@
 """The tree actor: one `TaskMemory` for all workers of a run, and the client that rank 0 talks to it with.
 
-One call a step, asked for a step ahead: `submit` sends it, `collect` waits for the answer. Calls carry (run, task, step)
-and are idempotent in the memory itself; Ray never retries them (a replay of a fatal call would kill the actor again).
+One call a step, asked for a step ahead: `submit` sends it, `collect` waits for the answer. Calls carry (run, task,
+step) and are idempotent in the memory itself; Ray never retries them (a replay of a fatal call would kill the actor
+again).
 """
 
 from __future__ import annotations
@@ -52,9 +53,7 @@ class TreeKeeper:
 
     def _opened(self) -> TaskMemory:
         if self.memory is None:
-            raise TreeLoRAError(
-                "the tree actor has started again and holds no memory; the workers bring it back"
-            )
+            raise TreeLoRAError("the tree actor has started again and holds no memory; the workers bring it back")
         return self.memory
 
 
@@ -131,8 +130,6 @@ class TreeClient:
         try:
             return ray.get(answer, timeout=self.timeout_s)
         except ray.exceptions.GetTimeoutError:
-            raise TreeLoRAError(
-                f"actor {self.name}: no answer to {what} within {self.timeout_s:.0f} s"
-            ) from None
+            raise TreeLoRAError(f"actor {self.name}: no answer to {what} within {self.timeout_s:.0f} s") from None
         except ray.exceptions.RayActorError as error:
             raise TreeLoRAError(f"actor {self.name} died during {what} ({type(error).__name__})") from error

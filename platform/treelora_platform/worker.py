@@ -25,7 +25,8 @@ def run_worker(job: dict[str, Any]) -> None:
     """Entry point of a worker.
 
     Args:
-        job: config (plain values), run_dir, cache, tasks (fields of each `Task`), run_name, tracking_uri, mlflow_run_id.
+        job: config (plain values), run_dir, cache, tasks (fields of each `Task`), run_name, tracking_uri,
+            mlflow_run_id.
     """
     import ray.train
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.ranks import run_ranks
 
+from tests.support.ranks import run_ranks
 from treelora.adapters import LoraSpec, attach_lora
 from treelora.engine import OptimizerSpec, TorchEngine, read_adapter
 from treelora.models.causal import answer_loss
@@ -44,9 +44,7 @@ def train(engine: Any, rank: int, world: int, accumulation: int, steps: range) -
         total = torch.zeros(())
         for micro in range(accumulation):
             start = (rank * accumulation + micro) * share
-            loss = answer_loss(
-                engine.forward_model(), batch(step, slice(start, start + share)), ROWS * 2 / world
-            )
+            loss = answer_loss(engine.forward_model(), batch(step, slice(start, start + share)), ROWS * 2 / world)
             engine.backward(loss, last=micro == accumulation - 1)
             total += loss.detach()
         engine.step(1e-2)
@@ -111,9 +109,7 @@ def reference() -> dict[str, Any]:
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_stage_agrees_with_plain_torch(
-    world: int, stage: int, reference: dict[str, Any], tmp_path: Path
-) -> None:
+def test_every_stage_agrees_with_plain_torch(world: int, stage: int, reference: dict[str, Any], tmp_path: Path) -> None:
     results = run_ranks(on_deepspeed, world, tmp_path, stage, 1)
     print(stage, world, results[0]["losses"], reference["losses"], results[0]["again"])
     for result in results:

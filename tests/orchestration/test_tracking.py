@@ -47,9 +47,7 @@ class Server:
             *("--artifacts-destination", f"{self.folder}/files"),
         ]
         with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
-            )
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=self.folder)
         end = time.monotonic() + within_s
         while not self.healthy():
             assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
@@ -329,9 +327,7 @@ def test_credentials_are_not_written_down(tmp_path, monkeypatch):
 
 def test_a_request_whose_answer_was_lost_is_sent_again_without_harm(tmp_path, database):
     run_id = start_run(database, "exp", "lost answer", {}, base=tmp_path)
-    points = [
-        Point("loss", value, START_MS + step, step) for step, value in enumerate([1.0, float("nan"), 3.0])
-    ]
+    points = [Point("loss", value, START_MS + step, step) for step, value in enumerate([1.0, float("nan"), 3.0])]
     for sent in (points[:2], points, points):
         MlflowServer(database).log(run_id, sent)
     assert [(step, time) for step, time, _ in history(database, run_id, "loss")] == [
@@ -360,9 +356,7 @@ def test_arms_are_shares_of_layers(tmp_path, database):
     run_id = start_run(database, "exp", "arms", {}, run_dir=run.path)
     uploader = Uploader(run.path, database, run_id)
     assert uploader.close(60)
-    keys = [
-        key for key in MlflowServer(database).client.get_run(run_id).data.metrics if key.startswith("arms/")
-    ]
+    keys = [key for key in MlflowServer(database).client.get_run(run_id).data.metrics if key.startswith("arms/")]
     assert len(keys) == 3
     assert "arms/a-b" in keys
     total = dict.fromkeys(range(7, 25), 0.0)

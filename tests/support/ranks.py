@@ -13,9 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _entry(
-    rank: int, world: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], out: str
-) -> None:
+def _entry(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], out: str) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

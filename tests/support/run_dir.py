@@ -77,9 +77,7 @@ class SyntheticRun:
                 "seconds": 1.0,
             }
         )  # fmt: skip
-        pq.write_table(
-            pa.Table.from_pylist(self.scores, schema=SCORES), self.path / "tables" / "scores.parquet"
-        )
+        pq.write_table(pa.Table.from_pylist(self.scores, schema=SCORES), self.path / "tables" / "scores.parquet")
 
     def write_scores(self, after, columns):
         """`columns`: mode -> scores of the tasks 0, 1, ... after that task."""
@@ -138,9 +136,7 @@ def finished_run(path, names=("alpha", "beta", "gamma"), *, drop=10.0, **options
         for start in range(first, first + run.steps_per_task, run.part_rows):
             run.write_steps(start, min(start + run.part_rows, first + run.steps_per_task) - 1)
         ages = [after - i for i in range(after + 1)]
-        run.write_scores(
-            after, {"last": [90 - drop * a for a in ages], "routed": [90 - drop / 10 * a for a in ages]}
-        )
+        run.write_scores(after, {"last": [90 - drop * a for a in ages], "routed": [90 - drop / 10 * a for a in ages]})
         run.write_tasks(after + 1)
         run.write_tree(after)
     return run

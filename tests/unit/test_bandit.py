@@ -155,9 +155,7 @@ def test_flat_equals_a_brute_force_lcb():
     rng, losses = np.random.default_rng(0), [[] for _ in range(5)]
     for _ in range(150):
         bounds = [
-            sum(seen) / bandit.scale[0] / len(seen) - 0.4 * math.sqrt(math.log(150) / len(seen))
-            if seen
-            else -math.inf
+            sum(seen) / bandit.scale[0] / len(seen) - 0.4 * math.sqrt(math.log(150) / len(seen)) if seen else -math.inf
             for seen in losses
         ]
         arms = bandit.select()

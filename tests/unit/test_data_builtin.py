@@ -38,8 +38,7 @@ def test_rows(name: str) -> None:
 
 def test_the_question_names_the_task() -> None:
     questions = {
-        name: {row.prompt.split(". ")[1] for row in generate(name, SIZES, 0)["train"][0]}
-        for name in builtin_names()
+        name: {row.prompt.split(". ")[1] for row in generate(name, SIZES, 0)["train"][0]} for name in builtin_names()
     }
     assert all(len(asked) == 1 for asked in questions.values())
     assert len(set.union(*questions.values())) == len(questions)

@@ -103,8 +103,7 @@ class TestStyles:
     def shown(self, tmp_path: Path, style: PromptStyle, tokenizer: Any) -> list[tuple[str, str]]:
         rows = tokenize_split(make_task(tmp_path, ROWS), "train", tokenizer, style, 200, tmp_path / "cache")
         return [
-            (decoded(tokenizer, rows.prompt_ids(i)), decoded(tokenizer, rows.answer_ids(i)))
-            for i in range(len(rows))
+            (decoded(tokenizer, rows.prompt_ids(i)), decoded(tokenizer, rows.answer_ids(i))) for i in range(len(rows))
         ]
 
     def test_plain(self, tmp_path: Path) -> None:
@@ -198,9 +197,7 @@ class TestTruncation:
 
     def test_answer_that_cannot_fit_names_its_row(self, tmp_path: Path) -> None:
         task = make_task(tmp_path, [Example("a", "one", "red")])
-        with pytest.raises(
-            DataError, match=r"row 'a': its answer \(or a choice\) has 6 tokens, max_length is 6"
-        ):
+        with pytest.raises(DataError, match=r"row 'a': its answer \(or a choice\) has 6 tokens, max_length is 6"):
             tokenize_split(task, "train", bytes_tokenizer(), PromptStyle(), 6, tmp_path)
         with pytest.raises(ConfigError, match="max_length is 1"):
             tokenize_split(task, "train", bytes_tokenizer(), PromptStyle(), 1, tmp_path)
@@ -259,9 +256,7 @@ class TestCache:
         assert path.read_bytes() == payload
 
     def test_any_arrow_reader_reads_it(self, tmp_path: Path) -> None:
-        rows = tokenize_split(
-            make_task(tmp_path, ROWS), "train", bytes_tokenizer(), PromptStyle(), 50, tmp_path
-        )
+        rows = tokenize_split(make_task(tmp_path, ROWS), "train", bytes_tokenizer(), PromptStyle(), 50, tmp_path)
         table = pa.ipc.open_stream(rows.path.read_bytes()).read_all()
         assert table["id"].to_pylist() == ["a", "b", "c"]
         assert table["answer_ids"].to_pylist()[1] == rows.answer_ids(1).tolist()

@@ -121,9 +121,7 @@ def test_models_without_custom_masks_fall_back_and_stay_right(name):
     model = build(FALLBACKS[name])
     prompts, choices = draw_rows(2)
     assert not supports_packing(model, longest=5)
-    assert_scores(
-        score_choices(model, prompts, choices, pad_id=3, batch_rows=3), oracle(model, prompts, choices)
-    )
+    assert_scores(score_choices(model, prompts, choices, pad_id=3, batch_rows=3), oracle(model, prompts, choices))
 
 
 def test_a_sliding_window_packs_just_up_to_its_width():
@@ -139,9 +137,7 @@ def test_a_sliding_window_packs_just_up_to_its_width():
 def test_scores_depend_on_neither_batching_nor_padding_nor_order(llama, seed, batch_rows, pad_id):
     prompts, choices = draw_rows(seed)
     expected = score_choices(llama, prompts, choices, pad_id=0, batch_rows=1)
-    assert_scores(
-        score_choices(llama, prompts, choices, pad_id=pad_id, batch_rows=batch_rows), expected, 1e-5
-    )
+    assert_scores(score_choices(llama, prompts, choices, pad_id=pad_id, batch_rows=batch_rows), expected, 1e-5)
     order = np.random.default_rng(seed).permutation(len(prompts))
     shuffled = score_choices(
         llama, [prompts[i] for i in order], [choices[i] for i in order], pad_id=0, batch_rows=batch_rows

@@ -32,9 +32,7 @@ from treelora.evaluation.matrix import (
 NAN = float("nan")
 HAND = np.array([[80.0, 70.0, 50.0], [NAN, 60.0, 66.0], [NAN, NAN, 90.0]])
 
-matrices = st.integers(1, 6).flatmap(
-    lambda n: arrays(np.float64, (n, n), elements=st.floats(0, 100, width=32))
-)
+matrices = st.integers(1, 6).flatmap(lambda n: arrays(np.float64, (n, n), elements=st.floats(0, 100, width=32)))
 
 
 def score(mode="last", task="a", after="a", i=0, j=0, value=50.0):
@@ -147,9 +145,7 @@ def test_missing_diagonal_and_history_are_named():
 def test_matrix_survives_table_and_parquet_in_any_row_order(R, random):
     R = upper(R)
     n = len(R)
-    scores = [
-        score(task=f"t{i}", after=f"t{j}", i=i, j=j, value=R[i, j]) for i in range(n) for j in range(i, n)
-    ]
+    scores = [score(task=f"t{i}", after=f"t{j}", i=i, j=j, value=R[i, j]) for i in range(n) for j in range(i, n)]
     scores += [score(mode="routed", task="t0", after="t0", value=1.0)]
     scores += [score(task="t0", after="", j=BEFORE_TRAINING, value=12.5)]
     random.shuffle(scores)

@@ -128,9 +128,7 @@ def test_edit_similarity_by_definition(prediction, reference):
 
 def test_edit_similarity_by_hand():
     # kitten -> sitting: "ittn" in common, 2 * 4 / 13.
-    assert edit_similarity(["kitten", "x = 1"], ["sitting", " x = 1\n"]) == pytest.approx(
-        (800 / 13 + 100) / 2
-    )
+    assert edit_similarity(["kitten", "x = 1"], ["sitting", " x = 1\n"]) == pytest.approx((800 / 13 + 100) / 2)
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -178,10 +178,7 @@ def test_the_time_of_creation_is_a_date(tmp_path):
 
 def test_the_same_run_gives_the_same_bytes(tmp_path):
     run = finished_run(tmp_path / "run", ["alpha", "beta"])
-    assert (
-        write_report(run.path, tmp_path / "1").read_bytes()
-        == write_report(run.path, tmp_path / "2").read_bytes()
-    )
+    assert write_report(run.path, tmp_path / "1").read_bytes() == write_report(run.path, tmp_path / "2").read_bytes()
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):

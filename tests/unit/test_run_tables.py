@@ -170,7 +170,5 @@ def test_damaged_json_and_yaml_are_named(run):
 
 def test_not_a_number_survives(run):
     row = run.step_row(1) | {"loss": float("nan")}
-    pq.write_table(
-        pa.Table.from_pylist([row], schema=STEPS), run.path / "tables/steps/00000001-00000001.parquet"
-    )
+    pq.write_table(pa.Table.from_pylist([row], schema=STEPS), run.path / "tables/steps/00000001-00000001.parquet")
     assert np.isnan(read_steps(run.path)["loss"].to_numpy()).tolist() == [True]

@@ -88,9 +88,7 @@ def test_the_best_is_the_highest_op_and_the_lowest_bwt():
 
 
 def test_ties_and_lone_scores_have_no_best():
-    rows = compare(
-        [_summary("x", last=ModeSummary(70.001, None)), _summary("y", last=ModeSummary(70.002, 3.0))]
-    )
+    rows = compare([_summary("x", last=ModeSummary(70.001, None)), _summary("y", last=ModeSummary(70.002, 3.0))])
     assert rows[0].best is None
     assert rows[1] == Comparison("BWT last (points)", ("–", "3.00"), None)
 
@@ -101,9 +99,7 @@ def test_runs_side_by_side_in_the_terminal(tmp_path):
     console = Console(width=120, record=True, file=open(tmp_path / "out", "w"))  # noqa: SIM115
     console.print(render_comparison([summarise(treelora.path), summarise(sequential.path)]))
     lines = {
-        line.split("│")[1].strip(): line.split("│")[2:4]
-        for line in console.export_text().splitlines()
-        if "│" in line
+        line.split("│")[1].strip(): line.split("│")[2:4] for line in console.export_text().splitlines() if "│" in line
     }
     assert [cell.strip() for cell in lines["OP last (%)"]] == ["88.00", "80.00"]
     assert [cell.strip() for cell in lines["BWT last (points)"]] == ["2.00", "10.00"]

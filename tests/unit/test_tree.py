@@ -95,9 +95,7 @@ def test_medoid_split_equals_brute_force(tasks, seed, blocks):
     distances = pairwise_distances(signatures)
     level = seed % 5
     layers = np.array_split(np.arange(3), blocks)[level % blocks]
-    distance = np.array(
-        [[np.abs(a[layers].astype(float) - b[layers]).sum() for b in signatures] for a in signatures]
-    )
+    distance = np.array([[np.abs(a[layers].astype(float) - b[layers]).sum() for b in signatures] for a in signatures])
 
     def cost(i, j):
         return sum(min(distance[i, k], distance[j, k]) for k in range(tasks))
@@ -128,8 +126,7 @@ def test_medoid_by_hand():
     signatures = np.array([10.0, 0.0, 12.0, 1.0, 13.0])[:, None, None]
     tree = SignatureTree.build(signatures)
     assert branches(tree) == {
-        frozenset(branch)
-        for branch in ((0, 1, 2, 3, 4), (1, 3), (0, 2, 4), (2, 4), (0,), (1,), (2,), (3,), (4,))
+        frozenset(branch) for branch in ((0, 1, 2, 3, 4), (1, 3), (0, 2, 4), (2, 4), (0,), (1,), (2,), (3,), (4,))
     }
     assert tree.left.tolist() == [1, 2, -1, 4, -1, -1, 7, -1, -1]
     assert tree.right.tolist() == [6, 3, -1, 5, -1, -1, 8, -1, -1]
@@ -207,9 +204,7 @@ def test_order_of_tasks_does_not_matter():
         assert renamed == branches(tree)
 
 
-@given(
-    start=st.integers(1, 6), more=st.integers(1, 6), seed=st.integers(0, 10**6), kind=st.sampled_from(KINDS)
-)
+@given(start=st.integers(1, 6), more=st.integers(1, 6), seed=st.integers(0, 10**6), kind=st.sampled_from(KINDS))
 @settings(max_examples=60, deadline=None)
 def test_insert_keeps_the_old_branches_and_exact_diameters(start, more, seed, kind):
     signatures = random_signatures(start + more, seed=seed)

@@ -17,9 +17,7 @@ from treelora.tree_scores import (
     permutation_p_value,
 )
 
-labelings = st.integers(2, 20).flatmap(
-    lambda n: st.tuples(*[st.lists(st.integers(0, 4), min_size=n, max_size=n)] * 2)
-)
+labelings = st.integers(2, 20).flatmap(lambda n: st.tuples(*[st.lists(st.integers(0, 4), min_size=n, max_size=n)] * 2))
 
 
 @given(labelings)

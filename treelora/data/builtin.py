@@ -101,7 +101,7 @@ _SPECS: dict[str, _Spec] = {
     "subject-colours": _Spec("subject", "colours", "Animal or machine? Red or blue:", ("blue", "red")),
     "time-directions": _Spec("time", "directions", "Done or to come? Left or right:", ("right", "left")),
     "mood-colours": _Spec("mood", "colours", "Happy or sad? Red or blue:", ("red", "blue")),
-    "subject-directions": _Spec("subject", "directions", "Does it live? Left or right:", ("left", "right")),
+    "subject-directions": _Spec("subject", "directions", "Creature or vehicle? Left or right:", ("left", "right")),
 }
 
 
@@ -129,18 +129,14 @@ def _note(rng: random.Random, values: Mapping[str, str]) -> str:
     return f"{when[0].upper()}{when[1:]} {subject} and {feeling}."
 
 
-def generate(
-    name: str, split_sizes: Mapping[str, int], seed: int
-) -> dict[str, tuple[list[Example], SplitMeta]]:
+def generate(name: str, split_sizes: Mapping[str, int], seed: int) -> dict[str, tuple[list[Example], SplitMeta]]:
     """Rows and description of every split of one task, in balanced classes; no two rows share a prompt.
 
     A pure function of its arguments. A task's rows don't depend on which other tasks are made.
     """
     spec = _spec(name)
     if sum(split_sizes.values()) > MAX_ROWS:
-        raise DataError(
-            f"built-in task {name!r}: {sum(split_sizes.values())} rows; it makes at most {MAX_ROWS}"
-        )
+        raise DataError(f"built-in task {name!r}: {sum(split_sizes.values())} rows; it makes at most {MAX_ROWS}")
     rng = random.Random(f"treelora/{seed}/{name}")
     prompts: set[str] = set()
     made: dict[str, tuple[list[Example], SplitMeta]] = {}

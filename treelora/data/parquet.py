@@ -39,10 +39,7 @@ def write_split(path: str | Path, examples: Sequence[Example], meta: SplitMeta) 
     """
     check_rows(str(path), meta, examples)
     own_choices = any(row.choices not in ((), meta.choices) for row in examples)
-    rows = [
-        Example(e.id, e.prompt, e.answer, (e.choices or meta.choices) if own_choices else ())
-        for e in examples
-    ]
+    rows = [Example(e.id, e.prompt, e.answer, (e.choices or meta.choices) if own_choices else ()) for e in examples]
     description = meta.to_dict(len(rows))
     description["sha256"] = _digest(description, rows)
     fields = [pa.field(key, pa.string(), nullable=False) for key in TEXT_COLUMNS]
@@ -56,9 +53,7 @@ def write_split(path: str | Path, examples: Sequence[Example], meta: SplitMeta) 
     except (pa.ArrowException, UnicodeError) as error:
         raise DataError(f"{path}: text that UTF-8 can't hold ({error})") from error
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        pa.Table.from_arrays(arrays, schema=schema), sink, compression="zstd", write_page_checksum=True
-    )
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), sink, compression="zstd", write_page_checksum=True)
     write_bytes_atomically(path, sink.getvalue())
 
 
@@ -73,17 +68,13 @@ def _refuse_extension_types(where: str, source: pa.NativeFile) -> None:
     tail = source.read_at(min(8, size), max(size - 8, 0))
     footer_length = int.from_bytes(tail[:4], "little")
     if tail[4:] != b"PAR1" or footer_length > size - 12:
-        raise DataError(
-            f"{where}: not a complete Parquet file (wrong or missing end mark); copy or import it again"
-        )
+        raise DataError(f"{where}: not a complete Parquet file (wrong or missing end mark); copy or import it again")
     footer = source.read_at(footer_length, size - 8 - footer_length)
     for run in re.finditer(rb"[A-Za-z0-9+/]{40,}", footer):
         for start in range(4):
             text = run.group()[start:]
             if b"ARROW:extension" in base64.b64decode(text[: len(text) // 4 * 4]):
-                raise DataError(
-                    f"{where}: holds Arrow extension types, which can run code; export plain columns"
-                )
+                raise DataError(f"{where}: holds Arrow extension types, which can run code; export plain columns")
 
 
 def _refuse_type(where: str, column: str, found: pa.DataType, expected: str) -> DataError:
@@ -138,17 +129,13 @@ def open_columns(path: str | Path, columns: Sequence[str]) -> tuple[pa.Table, pa
 def _description(where: str, schema: pa.Schema) -> dict[str, Any]:
     raw = (schema.metadata or {}).get(METADATA_KEY)
     if raw is None:
-        raise DataError(
-            f"{where}: no '{METADATA_KEY.decode()}' metadata, so not a task file; import it first"
-        )
+        raise DataError(f"{where}: no '{METADATA_KEY.decode()}' metadata, so not a task file; import it first")
     try:
         description = json.loads(raw)
         if not isinstance(description, dict):
             raise TypeError("not a JSON object")
     except (ValueError, TypeError) as error:
-        raise DataError(
-            f"{where}: '{METADATA_KEY.decode()}' metadata is damaged ({error}); import it again"
-        ) from error
+        raise DataError(f"{where}: '{METADATA_KEY.decode()}' metadata is damaged ({error}); import it again") from error
     return description
 
 

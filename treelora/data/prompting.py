@@ -87,9 +87,7 @@ def _chat(tokenizer: Tokenizer, messages: list[dict[str, str]], *, generate: boo
 
 def _chat_frame(tokenizer: Tokenizer, style: PromptStyle) -> Frame:
     if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            "the tokenizer has no chat template; set the prompt template to 'plain' or to a text"
-        )
+        raise ConfigError("the tokenizer has no chat template; set the prompt template to 'plain' or to a text")
     messages = [{"role": "user", "content": _PROBE}]
     if style.system is not None:
         messages.insert(0, {"role": "system", "content": style.system})

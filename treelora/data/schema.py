@@ -74,9 +74,7 @@ class SplitMeta:
     def from_dict(cls, raw: Mapping[str, Any]) -> "SplitMeta":
         """Inverse of ``to_dict``; KeyError or TypeError where a field is missing or odd."""
         if raw["format"] != FORMAT:
-            raise DataError(
-                f"format {raw['format']!r}, this version reads format {FORMAT}; import the task again"
-            )
+            raise DataError(f"format {raw['format']!r}, this version reads format {FORMAT}; import the task again")
         return cls(
             name=str(raw["name"]),
             kind=raw["kind"],
@@ -103,6 +101,4 @@ def check_rows(where: str, meta: SplitMeta, examples: Sequence[Example]) -> None
             raise DataError(f"{where}: row {i}: id {row.id!r} is taken by row {first}; ids must differ")
         allowed = row.choices or meta.choices
         if meta.kind == "choice" and row.answer not in allowed:
-            raise DataError(
-                f"{where}: row {i}: answer {row.answer!r} is not among the choices {list(allowed)}"
-            )
+            raise DataError(f"{where}: row {i}: answer {row.answer!r} is not among the choices {list(allowed)}")

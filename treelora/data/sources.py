@@ -77,9 +77,7 @@ def import_tasks(
     for raw in IMPORTERS[source].read(path, names, options):
         slug = slugify(raw.name)
         if slug in seen:
-            raise DataError(
-                f"{raw.where}: task {raw.name!r} meets {seen[slug]!r} in folder {slug!r}; rename one"
-            )
+            raise DataError(f"{raw.where}: task {raw.name!r} meets {seen[slug]!r} in folder {slug!r}; rename one")
         seen[slug] = raw.name
         reports.append(_import_one(source, raw, join(out, slug), limit))
     return reports

@@ -80,9 +80,7 @@ def open_task(folder: str | Path) -> Task:
             raise DataError(f"{path}: task {meta.name!r} is empty")
         found[split] = meta
     if missing := [split for split in ("train", "test") if split not in found]:
-        raise DataError(
-            f"{folder}: no {' and no '.join(f'{split}.parquet' for split in missing)}; not a task folder"
-        )
+        raise DataError(f"{folder}: no {' and no '.join(f'{split}.parquet' for split in missing)}; not a task folder")
     first = found["train"]
     for split, meta in found.items():
         for key in _SHARED_FIELDS:

@@ -172,8 +172,8 @@ def tokenize_split(
         rows = TokenizedRows.open(path)
     if refuse_long and rows.truncated:
         raise DataError(
-            f"{task.path(split)}: {rows.truncated} of {len(rows)} prompts don't fit into max_length {max_length}; "
-            "raise it or allow long prompts to be cut"
+            f"{task.path(split)}: {rows.truncated} of {len(rows)} prompts don't fit into max_length "
+            f"{max_length}; raise it or allow long prompts to be cut"
         )
     return rows
 

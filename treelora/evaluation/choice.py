@@ -73,20 +73,15 @@ def score_choices(
     target = model_device(model, device)
     scores = [np.zeros(len(row_choices), dtype=np.float32) for row_choices in choices]
     lengths = [
-        len(prompt) + sum(len(choice) - 1 for choice in row)
-        for prompt, row in zip(prompts, choices, strict=True)
+        len(prompt) + sum(len(choice) - 1 for choice in row) for prompt, row in zip(prompts, choices, strict=True)
     ]
     with evaluating(model):
         for rows in batches_by_length(lengths, batch_rows):
             longest = max(len(prompts[i]) + max(len(c) for c in choices[i]) - 1 for i in rows)
             packed = method == "packed" and supports_packing(model, longest)
             run = _packed_batch if packed else _naive_batch
-            logits_BKV, scored = run(
-                model, [prompts[i] for i in rows], [choices[i] for i in rows], pad_id, target
-            )
-            for (b, c, _, tokens), value in zip(
-                scored, _mean_log_probs(logits_BKV, scored, packed), strict=True
-            ):
+            logits_BKV, scored = run(model, [prompts[i] for i in rows], [choices[i] for i in rows], pad_id, target)
+            for (b, c, _, tokens), value in zip(scored, _mean_log_probs(logits_BKV, scored, packed), strict=True):
                 if not np.isfinite(value):
                     raise DataError(
                         f"row {rows[b]}, choice {c} ({len(tokens)} tokens): its log-probability is {value}; "
@@ -103,9 +98,7 @@ def supports_packing(model: nn.Module, longest: int) -> bool:
     recurrent, chunked or local layers; a sliding window must span `longest`, the longest prompt plus one
     choice. Prompt learning of peft prepends tokens, which a prepared mask does not know.
     """
-    if any(
-        getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()
-    ):
+    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
         return False
     base = base_model(model)
     config: Any = base.config

@@ -73,9 +73,7 @@ def generate_answers(
             ids, mask = pad([prompts[i] for i in rows], pad_id, target, side="left")
             output = generator.generate(input_ids=ids, attention_mask=mask, synced_gpus=synced)
             for i, new_ids in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-                answers[i] = str(
-                    tokenizer.decode(_until(new_ids, stop_ids), skip_special_tokens=True)
-                ).strip()
+                answers[i] = str(tokenizer.decode(_until(new_ids, stop_ids), skip_special_tokens=True)).strip()
     return answers
 
 

@@ -107,13 +107,10 @@ def _cells(table: pa.Table, mode: str) -> tuple[np.ndarray, np.ndarray]:
     for row in rows:
         cell = (row["task_index"], row["after_index"])
         if cell[0] < 0 or cell[1] < BEFORE_TRAINING:
-            raise DataError(
-                f"mode {mode!r}: task_index {cell[0]}, after_index {cell[1]}; indices count from 0"
-            )
+            raise DataError(f"mode {mode!r}: task_index {cell[0]}, after_index {cell[1]}; indices count from 0")
         if cell in seen:
             raise DataError(
-                f"mode {mode!r}: task {row['task']!r} after {row['after_task']!r} was measured twice; "
-                "keep one row"
+                f"mode {mode!r}: task {row['task']!r} after {row['after_task']!r} was measured twice; keep one row"
             )
         seen.add(cell)
         cells[cell] = row["score"]

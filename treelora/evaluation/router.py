@@ -118,18 +118,14 @@ class GaussianRouter:
         try:
             router.names = [str(name) for name in json.loads(bytes(state["names"].tolist()))]
         except ValueError as error:
-            raise CheckpointError(
-                f"the router's names can't be read ({error}); the checkpoint is damaged"
-            ) from error
+            raise CheckpointError(f"the router's names can't be read ({error}); the checkpoint is damaged") from error
         router._counts_K = state["counts"].to(torch.float64).clone()
         router._means_KF = state["means"].to(torch.float64).clone()
         router._scatter_FF = state["scatter"].to(torch.float64).clone()
         k, f = len(router.names), router._scatter_FF.shape[0]
         shapes = tuple(router._counts_K.shape), tuple(router._means_KF.shape), tuple(router._scatter_FF.shape)
         if shapes != ((k,), (k, f), (f, f)):
-            raise CheckpointError(
-                f"the router's state has {k} names but shapes {shapes}; the checkpoint is damaged"
-            )
+            raise CheckpointError(f"the router's state has {k} names but shapes {shapes}; the checkpoint is damaged")
         return router
 
     def _centre(self) -> Tensor:
@@ -148,9 +144,7 @@ class GaussianRouter:
         means_KF = self._means_KF - self._centre()
         cholesky_FF, failed = torch.linalg.cholesky_ex(shrunk_FF)
         if int(failed):
-            raise DataError(
-                f"the router's covariance of {f} features is singular; raise shrinkage {self.shrinkage}"
-            )
+            raise DataError(f"the router's covariance of {f} features is singular; raise shrinkage {self.shrinkage}")
         weights_FK = torch.cholesky_solve(means_KF.T.contiguous(), cholesky_FF)
         return weights_FK, -0.5 * (means_KF.T * weights_FK).sum(dim=0)
 
@@ -159,13 +153,10 @@ class GaussianRouter:
             raise DataError(f"features have shape {tuple(features_nF.shape)}; expected [rows, features]")
         if self.names and features_nF.shape[1] != self._means_KF.shape[1]:
             raise DataError(
-                f"rows have {features_nF.shape[1]} features, "
-                f"but the router was built with {self._means_KF.shape[1]}"
+                f"rows have {features_nF.shape[1]} features, but the router was built with {self._means_KF.shape[1]}"
             )
         x_nF = features_nF.detach().to(device="cpu", dtype=torch.float64)
         bad = torch.nonzero(~torch.isfinite(x_nF).all(dim=1))
         if len(bad):
-            raise DataError(
-                f"feature row {int(bad[0])} has a value that is not finite; check the model's output"
-            )
+            raise DataError(f"feature row {int(bad[0])} has a value that is not finite; check the model's output")
         return x_nF

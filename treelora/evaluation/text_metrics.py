@@ -19,9 +19,7 @@ _TOKEN = re.compile(r"\w+|[^\w\s]")
 _SARI_ORDERS = (1, 2, 3, 4)
 
 
-def accuracy(
-    predictions: Sequence[str], references: Sequence[str], sources: Sequence[str] | None = None
-) -> float:
+def accuracy(predictions: Sequence[str], references: Sequence[str], sources: Sequence[str] | None = None) -> float:
     """Percent of predictions equal to their reference, but for case, white space and outer punctuation.
 
     Raises:
@@ -30,9 +28,7 @@ def accuracy(
     return _mean(predictions, references, lambda p, r: float(_normalised(p) == _normalised(r)))
 
 
-def exact_match(
-    predictions: Sequence[str], references: Sequence[str], sources: Sequence[str] | None = None
-) -> float:
+def exact_match(predictions: Sequence[str], references: Sequence[str], sources: Sequence[str] | None = None) -> float:
     """Percent of predictions equal to their reference, but for outer white space.
 
     Raises:
@@ -41,9 +37,7 @@ def exact_match(
     return _mean(predictions, references, lambda p, r: float(p.strip() == r.strip()))
 
 
-def rouge_l(
-    predictions: Sequence[str], references: Sequence[str], sources: Sequence[str] | None = None
-) -> float:
+def rouge_l(predictions: Sequence[str], references: Sequence[str], sources: Sequence[str] | None = None) -> float:
     """Mean ROUGE-L F1 (Lin, 2004), by Google's `rouge_score` without stemming.
 
     Its tokens are runs of a-z and 0-9 in lower case, so other scripts score 0 and letters with accents split

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -54,6 +54,10 @@ class Memory(Protocol):
         """Answer of the last `submit`: arms int64 [L] and their bounds float32 [L]."""
         ...
 
+    def describe(self) -> dict[str, Any]:
+        """Tree, pulls and bounds as JSON values, for logs and pictures."""
+        ...
+
     def end_task(self, task: str, sketch: np.ndarray) -> None:
         """Record the signature of the task, float32 [L, K]."""
         ...
@@ -78,6 +82,7 @@ class TreeLoRA(Method):
         """Full mean gradients of the past tasks, where the penalty needs them."""
         self._resumed: dict[str, Tensor] = {}
         self._step = 0
+        self._observation: np.ndarray | None = None
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
@@ -100,7 +105,8 @@ class TreeLoRA(Method):
 
     def before_step(self, step: int) -> None:
         """See `Method`."""
-        self._step, self._observation = step, None
+        self._step = step
+        self._observation = None
         if not self.past_NLK.shape[0]:
             return
         answer = self.memory.collect() if self.memory else None
@@ -170,21 +176,21 @@ class TreeLoRA(Method):
     def _open(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         self.task, self.engine, self.bank = task, engine, bank
         self._step = 0
-        self._observation: np.ndarray | None = None
+        self._observation = None
         self._last = StepMetrics()
         self._names = list(engine.adapter_tensors())
         layers = layer_names(self._names)
         self._layer_index = {name: layers.index(layer_of(name)) for name in self._names}
         self.source = SignatureSource(self.options, engine)
-        past = self.memory.begin_task(task.name, task.steps) if self.memory else None
-        self.past_NLK: np.ndarray = engine.broadcast(past)  # type: ignore[assignment]
+        past_NLK = self.memory.begin_task(task.name, task.steps) if self.memory else np.empty(0)
+        self.past_NLK = engine.broadcast(past_NLK)
         self._anchors = [{name: state[name].to(engine.device) for name in self._names} for state in bank]
 
     def _start_adapter(self) -> None:
         if self.options.start == "continue" or (self.task.index == 0):
             return
         if self.options.start == "tree_node" and self.past_NLK.shape[0]:
-            distances_NL = residual(self.source.sketch_LK, torch.from_numpy(self.past_NLK))
+            distances_NL = residual(self.source.sketch, torch.from_numpy(self.past_NLK))
             nearest = int(distances_NL.mean(dim=-1).argmin())
             self.engine.write_adapter(self.bank[nearest])
             return

@@ -5,6 +5,7 @@ Shapes: L layers, K sketch numbers a layer, P probe batches, D_l numbers of a la
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from treelora.engine import Engine
 from treelora.methods.base import TaskContext
 from treelora.models.causal import answer_loss
 from treelora.signature import GradientProbe, adapter_value_vectors, gradient_vectors
-from treelora.sketch import CountSketch
+from treelora.sketch import CountSketch, normalise
 
 if TYPE_CHECKING:
     from treelora.methods.treelora import TreeLoRAOptions
@@ -41,7 +42,7 @@ class SignatureSource:
             dims = self._probe.layer_dims
         else:
             dims = [vector.numel() for vector in self._vectors(engine.adapter_tensors())]
-        self._sketch = CountSketch(dims, options.sketch_size, options.seed)
+        self._count_sketch = CountSketch(dims, options.sketch_size, options.seed)
         self._per_batch_PLK = torch.zeros(0, len(dims), options.sketch_size)
         self._sum_LK = torch.zeros(len(dims), options.sketch_size)
         self._full_sum: dict[str, Tensor] = {}
@@ -58,9 +59,9 @@ class SignatureSource:
         return self.kind != "gradient"
 
     @property
-    def sketch_LK(self) -> Tensor:
+    def sketch(self) -> Tensor:
         """The task's signature so far: unit length per layer, zero where nothing was seen."""
-        return _unit(self._sum_LK)
+        return normalise(self._sum_LK)
 
     def measure(self, task: TaskContext) -> None:
         """Before training. Collective."""
@@ -69,16 +70,14 @@ class SignatureSource:
         count = min(self.probe_batches, task.steps)
         raw = torch.stack([self._measure_batch(task, round(i * task.steps / count)) for i in range(count)])
         raw = self.engine.all_reduce(raw, mean=True).cpu()
-        self._per_batch_PLK, self._sum_LK = _unit(raw), raw.sum(0)
+        self._per_batch_PLK, self._sum_LK = torch.stack([normalise(batch_LK) for batch_LK in raw]), raw.sum(0)
 
     def _measure_batch(self, task: TaskContext, step: int) -> Tensor:
         total = torch.zeros_like(self._sum_LK, device=self.engine.device)
         for batch in task.micro_batches(step):
             normaliser = task.normaliser(step)
-            gradients = self._probe.measure(
-                lambda b=batch, n=normaliser: answer_loss(self.engine.module, b, n)
-            )
-            total += self._sketch.sketch(gradients)
+            gradients = self._probe.measure(partial(answer_loss, self.engine.module, batch, normaliser))
+            total += self._count_sketch.sketch(gradients)
         return total
 
     def of_step(self, step: int) -> Tensor:
@@ -86,28 +85,26 @@ class SignatureSource:
         if self.kind == "probe_b":
             return self._per_batch_PLK[(step - 1) % len(self._per_batch_PLK)]
         if self.kind == "adapter_value":
-            return _unit(self._sketch.sketch(self._vectors(self.engine.adapter_tensors())).cpu())
-        return _unit(self._seen_LK)
+            return normalise(self._count_sketch.sketch(self._vectors(self.engine.adapter_tensors())).cpu())
+        return normalise(self._seen_LK)
 
     def after_backward(self, engine: Engine) -> dict[str, Tensor]:
         """Take in a step's gradients, and return them. Collective."""
         gradients = engine.adapter_gradients()
-        self._seen_LK = self._sketch.sketch(self._vectors(gradients)).cpu()
+        self._seen_LK = self._count_sketch.sketch(self._vectors(gradients)).cpu()
         self._sum_LK += self._seen_LK
         self._steps += 1
         if self.keeps_full:
             for name, vector in zip(self.names, self._vectors(gradients), strict=True):
-                self._full_sum[name] = (
-                    self._full_sum[name] + vector if name in self._full_sum else vector.clone()
-                )
+                self._full_sum[name] = self._full_sum[name] + vector if name in self._full_sum else vector.clone()
         return gradients
 
     def finish(self, engine: Engine) -> tuple[Tensor, dict[str, Tensor]]:
         """The task's signature [L, K], and the full mean gradient of each layer where the penalty needs it."""
         if self.kind == "adapter_value":
-            self._sum_LK = self._sketch.sketch(self._vectors(engine.adapter_tensors())).cpu()
+            self._sum_LK = self._count_sketch.sketch(self._vectors(engine.adapter_tensors())).cpu()
         full = {name: (vector / max(1, self._steps)).cpu() for name, vector in self._full_sum.items()}
-        return self.sketch_LK, full
+        return self.sketch, full
 
     def state_dict(self) -> dict[str, Tensor]:
         """What `load_state_dict` needs within a task."""
@@ -135,24 +132,13 @@ class SignatureSource:
 
 def pack_past(signatures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Full signatures of past tasks as one flat dict of tensors."""
-    packed = {
-        f"past/{i}/{name}": vector for i, past in enumerate(signatures) for name, vector in past.items()
-    }
+    packed = {f"past/{i}/{name}": vector for i, past in enumerate(signatures) for name, vector in past.items()}
     return packed | {"past_tasks": torch.tensor(len(signatures))}
 
 
 def unpack_past(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Inverse of `pack_past`."""
     return [
-        {
-            key.removeprefix(f"past/{i}/"): value
-            for key, value in state.items()
-            if key.startswith(f"past/{i}/")
-        }
+        {key.removeprefix(f"past/{i}/"): value for key, value in state.items() if key.startswith(f"past/{i}/")}
         for i in range(int(state["past_tasks"]))
     ]
-
-
-def _unit(sketch: Tensor) -> Tensor:
-    norm = sketch.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 0, sketch / norm.clamp_min(torch.finfo(torch.float32).tiny), sketch)

@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, V vocabulary, W answer width (the last W positions may
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
     return model
 
 
-def answer_loss(model: nn.Module, batch: Batch, normaliser: float) -> Tensor:
+def answer_loss(model: Callable[..., Any], batch: Batch, normaliser: float) -> Tensor:
     """Sum of the answer tokens' negative log-likelihood over `normaliser`.
 
     The rows are left-padded, so every answer ends at the right edge and the output head, a fifth of SmolLM2's
@@ -114,18 +114,12 @@ def answer_loss(model: nn.Module, batch: Batch, normaliser: float) -> Tensor:
         logits_to_keep=width + 1,
     ).logits[:, :-1]
     labels_BW = tensors["labels"][:, -width:]
-    total = F.cross_entropy(
-        logits_BWV.flatten(0, 1).float(), labels_BW.flatten(), ignore_index=-100, reduction="sum"
-    )
+    total = F.cross_entropy(logits_BWV.flatten(0, 1).float(), labels_BW.flatten(), ignore_index=-100, reduction="sum")
     return total / normaliser
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     folder = Path(os.path.expanduser(name))
-    hint = (
-        "the folder lacks model files"
-        if folder.is_dir()
-        else "no such folder; a Hugging Face id needs the network"
-    )
+    hint = "the folder lacks model files" if folder.is_dir() else "no such folder; a Hugging Face id needs the network"
     return f"model.name {name!r}: the {what} can't be loaded, {hint} ({reason})"

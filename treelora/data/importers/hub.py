@@ -28,8 +28,7 @@ def read(path: str, names: Sequence[str] | None, options: Options) -> Iterator[R
         chosen = choose_splits(where, loaded, options)
         labels = _label_names(loaded[chosen["train"]], columns["answer"])
         splits = {
-            split: _rows(f"{where}[{source}]", loaded[source], columns, labels)
-            for split, source in chosen.items()
+            split: _rows(f"{where}[{source}]", loaded[source], columns, labels) for split, source in chosen.items()
         }
         stem = path.rstrip("/").rpartition("/")[2]
         own = {**options, "choices": options.get("choices") or labels}

@@ -65,9 +65,7 @@ def _jsonl(uri: str, options: Options) -> Iterator[tuple[int, Any]]:
 
 def _csv(uri: str, options: Options) -> Iterator[tuple[int, Any]]:
     # newline="" leaves line breaks inside quoted cells alone.
-    reader = csv.reader(
-        io.StringIO(read_text(uri), newline=""), delimiter=options.get("delimiter", ","), strict=True
-    )
+    reader = csv.reader(io.StringIO(read_text(uri), newline=""), delimiter=options.get("delimiter", ","), strict=True)
     choices_column = columns_of(options)["choices"]
     header: list[str] | None = None
     index = -1
@@ -128,9 +126,7 @@ def read_parquet(path: str, names: Sequence[str] | None, options: Options) -> It
             split: [RawRow(i, e.prompt, e.answer, e.choices or None, e.id) for i, e in enumerate(examples)]
             for split, (examples, _) in read.items()
         }
-        yield RawTask(
-            meta.name, folder, meta.kind, meta.choices, meta.metric, splits, meta.family, meta.vocabulary
-        )
+        yield RawTask(meta.name, folder, meta.kind, meta.choices, meta.metric, splits, meta.family, meta.vocabulary)
 
 
 read_jsonl = _tables(".jsonl", _jsonl)
