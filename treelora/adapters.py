@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,13 +50,13 @@ def attach_lora(model: nn.Module, spec: LoraSpec, seed: int) -> Any:
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=spec.rank,
-        lora_alpha=spec.alpha,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # declared int, but only ever divided
         lora_dropout=spec.dropout,
         target_modules=list(spec.target_modules),
         layers_to_transform=list(spec.layers) if spec.layers is not None else None,
     )
     try:
-        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ConfigError(
@@ -134,11 +135,12 @@ def save_adapter(state: Mapping[str, Tensor], peft_config: Any, folder: Path) ->
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".adapter-"))
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, scratch / "adapter_model.safetensors")
     peft_config.save_pretrained(scratch)
+    doomed = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)  # of a process that was killed here
     if folder.exists():
-        doomed = folder.with_name(f".old-{folder.name}")
         os.replace(folder, doomed)
-        _remove(doomed)
     os.replace(scratch, folder)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def load_adapter(folder: Path) -> AdapterState:
@@ -160,12 +162,6 @@ def load_adapter(folder: Path) -> AdapterState:
 def peft_config_json(model: Any) -> str:
     """The adapter's peft configuration as JSON, to compare two runs' adapters."""
     return json.dumps(model.peft_config[ADAPTER].to_dict(), sort_keys=True, default=str)
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)
 
 
 def _stable_hash(text: str) -> int:

@@ -121,7 +121,7 @@ class StreamLoop:
         """Go on from `position` to the end of the stream. Collective.
 
         Raises:
-            TreeLoRAError: the loss was not finite for `max_bad_steps` steps in a row.
+            TreeLoRAError: the loss was not finite for `max_bad_steps` steps in a row, or at every step of a task.
         """
         while self.position.unit < len(self.units):
             unit = self.units[self.position.unit]
@@ -155,7 +155,7 @@ class StreamLoop:
         for step in range(start + 1, unit.plan.steps + 1):
             record = self._step(context, unit, step)
             bad = bad + 1 if not math.isfinite(record.loss) else 0
-            if bad >= self.options.max_bad_steps:
+            if bad >= min(self.options.max_bad_steps, unit.plan.steps):
                 raise TreeLoRAError(
                     f"task {unit.name!r}: the loss was {record.loss} for {bad} steps in a row up to step {step}; the "
                     "last commit is intact. Lower train.learning_rate, or look at the task's rows"

@@ -132,7 +132,7 @@ def _factor_vectors(named: Mapping[str, Tensor], layer_names: Sequence[str], fac
     by_layer: dict[str, list[str]] = {}
     for name in named:
         layer, found, rest = name.partition(f".{factor}.")
-        if found and rest.endswith(".weight"):
+        if found and f".{rest}".endswith(".weight"):  # with or without the adapter's name
             by_layer.setdefault(layer, []).append(name)
     vectors = []
     for layer in layer_names:

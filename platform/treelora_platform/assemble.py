@@ -58,7 +58,7 @@ def assemble(
     engine = make_engine(load_adapted_model(config), optimizer_spec(config))
     if engine.rank != 0:
         engine.broadcast(None)  # rank 0 tokenises first, the others find its cache
-    units, tests = _data(config, tasks, tokenizer, cache)
+    units, tests = build_data(config, tasks, tokenizer, cache)
     if engine.rank == 0:
         engine.broadcast(None)
     evaluation = config.evaluation
@@ -120,7 +120,7 @@ def _method(config: ExperimentConfig, engine: Engine, make_memory: MakeMemory) -
     return TreeLoRA(options, make_memory(memory_config(config, layers)) if engine.rank == 0 else None)
 
 
-def _data(
+def build_data(
     config: ExperimentConfig, tasks: list[Task], tokenizer: Any, cache: Path
 ) -> tuple[list[Unit], list[TestSplit]]:
     style = PromptStyle(config.model.template, config.model.system_prompt)

@@ -1,8 +1,8 @@
 """Commits: everything needed to go on, written by rank 0 and read by every rank of the next attempt.
 
 A commit is a folder `checkpoints/<global step>-<unit>-<phase>/` of safetensors and JSON whose manifest, with a SHA-256
-of every file, is written last; the folder then gets its name by one rename. What is incomplete or altered is therefore
-seen, and the commit before it is used. `ray.train.report` plays no part: its return doesn't promise that anything is on
+of every file and of the adapters that it builds on, is written last; the folder then gets its name by one rename. What
+is incomplete or altered is therefore seen, and the commit before it is used. `ray.train.report` plays no part: its return doesn't promise that anything is on
 disk.
 """
 
@@ -14,8 +14,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,7 @@ from treelora.loop import Position
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-PARTS = ("adapter", "optimizer", "method", "memory", "router")
+PARTS = ("adapter", "optimizer", "method", "memory", "evaluator")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def write_commit(run_dir: Path, commit: Commit, keep: int) -> Path:
         manifest = {
             "format": FORMAT,
             "position": asdict(position),
-            "adapters": list(commit.adapters),
+            "adapters": {adapter: _sha256(_adapter_file(run_dir, adapter)) for adapter in commit.adapters},
             "files": {path.name: _sha256(path) for path in sorted(scratch.iterdir())},
         }
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -79,13 +80,19 @@ def write_commit(run_dir: Path, commit: Commit, keep: int) -> Path:
 
 
 def newest_commit(run_dir: Path) -> tuple[Commit | None, list[str]]:
-    """The newest commit that is whole, and what was wrong with newer ones."""
+    """The newest commit that is whole (None where none was made yet), and what was wrong with newer ones.
+
+    Raises:
+        CheckpointError: there are commits, but none that is whole.
+    """
     troubles: list[str] = []
     for folder in _newest_first(run_dir):
         try:
             return read_commit(folder), troubles
         except CheckpointError as error:
             troubles.append(str(error))
+    if troubles:  # to begin anew would throw away what somebody may still mend
+        raise CheckpointError(f"{run_dir}: no commit can be used; --fresh begins anew. " + "; ".join(troubles))
     return None, troubles
 
 
@@ -99,23 +106,41 @@ def read_commit(folder: Path) -> Commit:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder}: format {manifest['format']}, this version reads {FORMAT}")
-        for name, digest in manifest["files"].items():
-            if Path(name).name != name or _sha256(folder / name) != digest:
-                raise CheckpointError(f"{folder / name}: differs from its manifest's checksum")
-        parts = {
-            part: load_file(folder / f"{part}.safetensors")
-            for part in PARTS
-            if f"{part}.safetensors" in manifest["files"]
-        }
-        return Commit(Position(**manifest["position"]), tuple(manifest["adapters"]), parts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: not a whole commit ({error})") from error
+        paths = {name: folder / _plain_name(name) for name in manifest["files"]}
+        adapters = {name: _adapter_file(folder.parent.parent, _plain_name(name)) for name in manifest["adapters"]}
+        for listed, found in ((manifest["files"], paths), (manifest["adapters"], adapters)):
+            for name, digest in listed.items():
+                if _sha256(found[name]) != digest:
+                    raise CheckpointError(f"{found[name]}: differs from the checksum in {folder / MANIFEST}")
+        parts = {part: load_file(paths[f"{part}.safetensors"]) for part in PARTS if f"{part}.safetensors" in paths}
+        return Commit(_position(manifest["position"]), tuple(adapters), parts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: not a whole commit ({type(error).__name__}: {error})") from error
+
+
+def _plain_name(name: str) -> str:
+    if name in ("", "..") or Path(name).name != name:
+        raise ValueError(f"{name!r} is no file name")
+    return name
+
+
+def _position(fields: Mapping[str, Any]) -> Position:
+    position = Position(**fields)
+    counts = (position.unit, position.step, position.global_step)
+    if not all(type(count) is int and count >= 0 for count in counts) or type(position.trained) is not bool:
+        raise ValueError(f"impossible position {dict(fields)}")
+    return replace(position, train_seconds=float(position.train_seconds))
+
+
+def _adapter_file(run_dir: Path, adapter: str) -> Path:
+    return run_dir / "adapters" / adapter / "adapter_model.safetensors"
 
 
 def remove_scratch(run_dir: Path) -> None:
     """Delete what an interrupted commit left behind."""
-    for folder in (run_dir / "checkpoints").glob(".writing-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for pattern in ("checkpoints/.writing-*", "adapters/.adapter-*", "adapters/.old-*"):
+        for folder in run_dir.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _newest_first(run_dir: Path) -> Iterator[Path]:

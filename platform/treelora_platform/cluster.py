@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,11 +115,32 @@ def fit(config: ExperimentConfig, job: dict[str, Any], run_dir: Path, attempt: i
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
         ),
     )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        return explain(error)
+    with _interruptible():
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            return explain(error)
     return None
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the workers in order and arrive as KeyboardInterrupt.
+
+    Ray Train takes SIGINT over, aborts the workers and then exits the process with 0, as if all were well.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def explain(error: BaseException) -> str:

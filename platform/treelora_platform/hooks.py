@@ -11,11 +11,11 @@ from torch import Tensor
 from treelora.adapters import ADAPTER, load_adapter, save_adapter
 from treelora.data.names import slugify
 from treelora.engine import read_adapter
+from treelora.errors import CheckpointError
 from treelora.evaluation.matrix import Score
-from treelora.evaluation.router import GaussianRouter
 from treelora.loop import Position, StepRecord, StreamLoop, TaskRecord
 from treelora.methods import TreeLoRA
-from treelora_platform.checkpoint import Commit, write_commit
+from treelora_platform.checkpoint import Commit, newest_commit, write_commit
 from treelora_platform.recorder import Recorder
 from treelora_platform.tracking import Uploader
 
@@ -67,8 +67,7 @@ class PlatformHooks:
             self.recorder.flush()
             if isinstance(method, TreeLoRA):
                 parts["memory"] = self._memory(method, position, loop)
-            if loop.evaluator.router.names:
-                parts["router"] = loop.evaluator.router.state_dict()
+            parts["evaluator"] = loop.evaluator.state_dict()
             if position.trained and loop.bank:
                 self._save_adapter(position.unit, loop)
             adapters = tuple(adapter_folder(i, loop.units[i].name) for i in range(len(loop.bank)))
@@ -96,13 +95,39 @@ class PlatformHooks:
             self.uploader.notify()
 
 
+def take_up(loop: StreamLoop, run_dir: Path, recorder: Recorder | None) -> None:
+    """Bring a freshly assembled loop, and the run's files, to the newest commit. Collective.
+
+    Raises:
+        CheckpointError: there are commits, but none that can be used.
+    """
+    commit, troubles = newest_commit(run_dir)
+    if commit:
+        restore(loop, commit, run_dir)
+    if not recorder:
+        return
+    for trouble in troubles:
+        recorder.event("warning", what=f"commit passed over: {trouble}")
+    recorder.rewind(loop.position, [unit.name for unit in loop.units])
+    recorder.event(
+        "begin",
+        steps=[unit.plan.steps if loop.method.trains else 0 for unit in loop.units],
+        units=[unit.name for unit in loop.units],
+        global_step=loop.position.global_step,
+    )
+
+
 def restore(loop: StreamLoop, commit: Commit, run_dir: Path) -> None:
     """Bring a freshly assembled loop to where a commit was made. Collective.
 
     Raises:
-        CheckpointError: an adapter that the commit names is missing or damaged.
+        CheckpointError: an adapter or a part is missing or damaged.
     """
     parts = {name: dict(tensors) for name, tensors in commit.parts.items()}
+    needed = ["adapter", "evaluator", *(["memory"] if isinstance(loop.method, TreeLoRA) else [])]
+    lacking = [part for part in needed if part not in parts]
+    if lacking:
+        raise CheckpointError(f"{run_dir}: the commit lacks its {', '.join(lacking)}; --fresh begins anew")
     loop.bank = [load_adapter(run_dir / "adapters" / folder) for folder in commit.adapters]
     loop.engine.write_adapter(parts["adapter"])
     loop.engine.load_optimizer_state(parts.get("optimizer", {}))
@@ -110,8 +135,7 @@ def restore(loop: StreamLoop, commit: Commit, run_dir: Path) -> None:
         loop.method.memory.load_state_dict(parts["memory"])
     if "method" in parts:
         loop.method.load_state_dict(parts["method"])
-    if "router" in parts:
-        loop.evaluator.router = GaussianRouter.from_state_dict(parts["router"])
+    loop.evaluator.load_state_dict(parts["evaluator"])
     loop.position = commit.position
 
 

@@ -110,6 +110,7 @@ def _execute(
     from treelora_platform.progress import Watcher
     from treelora_platform.tracking import start_run
 
+    commit, _ = newest_commit(run_dir)
     known = read_run_json(run_dir)
     name = config.name
     record = {
@@ -153,7 +154,6 @@ def _execute(
         "tracking_uri": config.tracking.uri,
         "mlflow_run_id": run_id,
     }
-    commit, _ = newest_commit(run_dir)
     if commit:
         console.print(f"going on after {commit.position.global_step} steps, at task {commit.position.unit + 1}")
     status: Status = "FAILED"

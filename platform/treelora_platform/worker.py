@@ -13,9 +13,9 @@ from treelora.data.task import Task
 from treelora.engine import Engine, OptimizerSpec, TorchEngine
 from treelora.memory import MemoryConfig
 from treelora_platform.assemble import assemble, device_for
-from treelora_platform.checkpoint import newest_commit, remove_scratch
+from treelora_platform.checkpoint import remove_scratch
 from treelora_platform.config import ExperimentConfig, parse_config
-from treelora_platform.hooks import PlatformHooks, restore
+from treelora_platform.hooks import PlatformHooks, take_up
 from treelora_platform.recorder import Recorder
 from treelora_platform.tracking import Uploader
 from treelora_platform.tree_actor import TreeClient
@@ -54,21 +54,7 @@ def run_worker(job: dict[str, Any]) -> None:
         return TreeClient(job["run_name"], settings, run=job["run_name"])
 
     loop = assemble(config, tasks, Path(job["cache"]), hooks, make_engine, make_memory)
-    commit, troubles = newest_commit(run_dir)
-    if recorder:
-        for trouble in troubles:
-            recorder.event("warning", what=f"commit passed over: {trouble}")
-    if commit:
-        restore(loop, commit, run_dir)
-    if recorder:
-        recorder.rewind(loop.position, [unit.name for unit in loop.units])
-        steps = [unit.plan.steps if loop.method.trains else 0 for unit in loop.units]
-        recorder.event(
-            "begin",
-            steps=steps,
-            units=[unit.name for unit in loop.units],
-            global_step=loop.position.global_step,
-        )
+    take_up(loop, run_dir, recorder)
     loop.run()
     if recorder and uploader:
         recorder.close()

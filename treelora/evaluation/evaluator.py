@@ -7,8 +7,9 @@ change, so they are kept: `routed` mostly reuses what `last` has answered when t
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from treelora.evaluation.router import GaussianRouter
 from treelora.evaluation.text_metrics import METRICS
 from treelora.training_data import Split, TestSplit
 
+MEAN = "mean"
 Row = tuple[int, int]
 """(task, row of its test split)."""
 
@@ -107,16 +109,36 @@ class Evaluator:
             return None
         return 100 * float(np.mean(np.concatenate([self._route(task) == task for task in seen])))
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Router and kept answers, as tensors.
+
+        The answers belong to it: which rows share a batch depends on them, and so do the last bits of a score.
+        """
+        kept = [[key, *row, answer] for (key, row), answer in self._answers.items()]
+        answers = torch.frombuffer(bytearray(json.dumps(kept).encode()), dtype=torch.uint8)
+        router = self.router.state_dict() if self.router.names else {}
+        return {"answers": answers} | {f"router/{name}": tensor for name, tensor in router.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to `state_dict`."""
+        kept = json.loads(bytes(state["answers"].tolist()))
+        self._answers = {(key, (task, row)): answer for key, task, row, answer in kept}
+        router = {k.removeprefix("router/"): tensor for k, tensor in state.items() if k.startswith("router/")}
+        self.router = GaussianRouter.from_state_dict(router) if router else GaussianRouter()
+
     def _answer(self, mode: str, seen: Sequence[int], bank: Sequence[AdapterState]) -> dict[Row, str]:
         rows = [(task, row) for task in seen for row in range(len(self.tests[task]))]
         current = f"task {len(bank) - 1}"
         if mode == "last":
             return self._with_adapter(current, None, rows)
         if mode == "merged":
-            merged = mean_adapter(bank) if len(bank) > 1 else None
-            return self._with_adapter(f"mean of {len(bank)}" if merged else current, merged, rows)
+            if len(bank) == 1:
+                return self._with_adapter(current, None, rows)
+            answers = self._with_adapter(MEAN, mean_adapter(bank), rows)
+            self._answers = {asked: answer for asked, answer in self._answers.items() if asked[0] != MEAN}
+            return answers  # not kept: the next task changes the mean
         chosen = {(task, row): int(k) for task in seen for row, k in enumerate(self._route(task))}
-        answers: dict[Row, str] = {}
+        answers = {}
         for k in range(len(bank)):
             adapter = None if k == len(bank) - 1 else bank[k]
             answers |= self._with_adapter(f"task {k}", adapter, [row for row in rows if chosen[row] == k])

@@ -80,6 +80,11 @@ class TreeLoRA(Method):
         self.options, self.memory = options, memory
         self.signatures: list[dict[str, Tensor]] = []
         """Full mean gradients of the past tasks, where the penalty needs them."""
+        self.past_NLK: np.ndarray = np.empty((0, 0, 0), np.float32)
+        self.arms_L: np.ndarray = np.empty(0, np.int64)
+        self.lcb_L: np.ndarray = np.empty(0, np.float32)
+        self.source: SignatureSource
+        self._last = StepMetrics()
         self._resumed: dict[str, Tensor] = {}
         self._step = 0
         self._observation: np.ndarray | None = None
