@@ -39,7 +39,7 @@ clean: ## Delete .venv, caches and build leftovers; runs/ stays.
 	find treelora platform tests jobs docs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: plain `torch` on a machine without a GPU would bring gigabytes of CUDA libraries along.
-# The CPU build is tried at the configured index, then at PyTorch's own; where neither has it (macOS), plain torch is it.
+# The CPU build is tried at the configured index, then at PyTorch's own; where neither has it (macOS), plain torch is.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No python3.11 found; make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \

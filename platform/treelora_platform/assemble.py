@@ -123,10 +123,12 @@ def _method(config: ExperimentConfig, engine: Engine, make_memory: MakeMemory) -
 def build_data(
     config: ExperimentConfig, tasks: list[Task], tokenizer: Any, cache: Path
 ) -> tuple[list[Unit], list[TestSplit]]:
+    """Tokenised training units and test splits of a stream, from the cache where it has them."""
     style = PromptStyle(config.model.template, config.model.system_prompt)
+    refuse = config.model.long_rows == "refuse"
 
     def tokens(task: Task, split: str) -> TokenizedRows:
-        return tokenize_split(task, split, tokenizer, style, config.model.max_length, cache)
+        return tokenize_split(task, split, tokenizer, style, config.model.max_length, cache, refuse_long=refuse)
 
     splits, tests = [], []
     for task, settings in zip(tasks, _settings_by_task(config, tasks), strict=True):

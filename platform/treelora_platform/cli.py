@@ -116,8 +116,8 @@ def validate(config: ConfigFile, overrides: Overrides = None) -> None:
     console = _console()
     console.print(settings.as_yaml(), markup=False, highlight=False)
     check_storage(settings)
-    check_resources(settings)
     show_stream(prepare_stream(settings), console)
+    check_resources(settings)
     console.print("[green]valid[/]")
 
 
@@ -204,14 +204,15 @@ def data_import(
     path: Annotated[str, typer.Argument(help="Folder, file, URI or Hugging Face id to read.")],
     out: Annotated[Path, typer.Argument(help="Folder that gets a folder for each task.")],
     task: Annotated[list[str] | None, typer.Option(help="Only this task; may be given several times.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the importer, such as answer=label.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the importer, VALUE as YAML: limit=100, columns={prompt: text, answer: label}.")] = None,
 ) -> None:
     """Turn tasks of another format into Parquet; says which rows could not be used, and why."""
     from treelora.data.sources import import_tasks
+    from treelora_platform.config import parse_options
     from treelora_platform.show import show_imports
 
-    pairs = [text.partition("=")[::2] for text in option or []]
-    show_imports(import_tasks(source, path, task, out, options=dict(pairs)), _console())
+    options = parse_options(option or [])
+    show_imports(import_tasks(source, path, task, out, options=options), _console())
 
 
 @data_app.command("show")

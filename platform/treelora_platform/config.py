@@ -10,20 +10,24 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from treelora.errors import ConfigError
 
 Source = Literal["builtin", "parquet", "olora", "trace", "jsonl", "csv", "hf"]
 MethodName = Literal["treelora", "sequential", "frozen", "joint"]
+# What PyYAML raises: apart from its own errors, whatever a wrong date, number, tag or a deep nest makes Python raise.
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 InferenceMode = Literal["last", "merged", "routed"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class StreamConfig(_Section):
@@ -35,7 +39,7 @@ class StreamConfig(_Section):
     train_rows: int | None = Field(None, ge=1, description="At most this many training rows a task (seeded choice).")
     test_rows: int | None = Field(None, ge=1, description="At most this many test rows a task, balanced over answers.")
     seed: int = Field(0, ge=0, description="Seeds the generator of the built-in stream and the choice of rows.")
-    options: dict[str, Any] = Field({}, description="Options of the importer, such as column names.")
+    options: dict[str, JsonValue] = Field({}, description="Options of the importer, such as column names.")
 
     @field_validator("order")
     @classmethod
@@ -72,6 +76,10 @@ class ModelConfig(_Section):
         None, description="System message for the chat template; null: the template's own."
     )
     max_length: int = Field(512, ge=8, description="Longest row in tokens; prompts are cut on the left, answers never.")
+
+    long_rows: Literal["truncate", "refuse"] = Field(
+        "truncate", description="What becomes of rows above max_length: cut on the left and counted, or an error."
+    )
 
     @field_validator("template")
     @classmethod
@@ -286,7 +294,7 @@ def load_config(path: str | Path, overrides: Annotated[list[str], "key=value"] |
         raise ConfigError(f"{path}: there is no such file; `jobs/configs/` has recipes to start from") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read ({error})") from None
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if plain is None:
         plain = {}
@@ -306,7 +314,22 @@ def parse_config(plain: dict[str, Any], origin: str = "configuration") -> Experi
     try:
         return ExperimentConfig.model_validate(plain)
     except ValidationError as error:
-        raise ConfigError(f"{origin}:\n" + "\n".join(_explain(fault) for fault in error.errors())) from None
+        faults = [_explain(fault) for fault in error.errors()]
+        raise ConfigError(
+            f"{origin}: {faults[0]}" if len(faults) == 1 else "\n  ".join([f"{origin}:", *faults])
+        ) from None
+
+
+def parse_options(texts: list[str]) -> dict[str, Any]:
+    """`KEY=VALUE` texts, values as YAML, as one mapping; dotted keys make sections.
+
+    Raises:
+        ConfigError: a text is not of that form.
+    """
+    plain: dict[str, Any] = {}
+    for text in texts:
+        _apply(plain, text)
+    return plain
 
 
 def _apply(plain: dict[str, Any], override: str) -> None:
@@ -324,7 +347,7 @@ def _apply(plain: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[last] = _plain_value(value)
-    except yaml.YAMLError:
+    except YAML_ERRORS:
         raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
 
 
@@ -338,10 +361,10 @@ def _plain_value(text: str) -> Any:
 def _explain(fault: Any) -> str:
     key = ".".join(str(part) for part in fault["loc"]) or "configuration"
     if fault["type"] == "extra_forbidden":
-        return f"  {key}: no such key{_suggest(fault['loc'])}"
+        return f"{key}: no such key{_suggest(fault['loc'])}"
     message = fault["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(fault["input"], dict | BaseModel) else f" (found {fault['input']!r})"
-    return f"  {key}: {message}{shown}"
+    return f"{key}: {message}{shown}"
 
 
 def _suggest(location: tuple[Any, ...]) -> str:
@@ -349,7 +372,8 @@ def _suggest(location: tuple[Any, ...]) -> str:
 
     section: Any = ExperimentConfig
     for part in location[:-1]:
-        section = section.model_fields[part].annotation
+        # a number is the place in a tuple of sections, such as `extensions`
+        section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
     known = list(section.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(known)}"

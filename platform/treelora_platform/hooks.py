@@ -108,6 +108,9 @@ def take_up(loop: StreamLoop, run_dir: Path, recorder: Recorder | None) -> None:
         return
     for trouble in troubles:
         recorder.event("warning", what=f"commit passed over: {trouble}")
+    for test in loop.evaluator.tests:
+        if cut := test.rows.truncated:
+            recorder.event("note", what=f"{test.task.name}: {cut} of {len(test.rows)} test prompts cut to max_length")
     recorder.rewind(loop.position, [unit.name for unit in loop.units])
     recorder.event(
         "begin",

@@ -141,6 +141,8 @@ class Watcher:
             self.console.print(
                 f"  [dim]{format_seconds(self._elapsed())}[/]  after [bold]{event['task']}[/]: mean score {means}"
             )
+        elif kind == "note":
+            self.console.print(f"  [dim]{event['what']}[/]")
         elif kind == "warning":
             self.warnings.append(event["what"])
             self.console.print(f"  [yellow]warning:[/] {event['what']}")

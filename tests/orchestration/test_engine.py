@@ -1,8 +1,12 @@
-"""The two engines agree: every ZeRO stage, one and two workers, and plain torch, at equal global batch."""
+"""The two engines agree: every ZeRO stage, one and two workers, and plain torch, at equal global batch.
+
+Each number of workers is one spawn that runs all cases; the tests look at what it brought back.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +17,12 @@ from treelora.adapters import LoraSpec, attach_lora
 from treelora.engine import OptimizerSpec, TorchEngine, read_adapter
 from treelora.models.causal import answer_loss
 from treelora.models.tiny import tiny_model
+from treelora.signature import GradientProbe
 from treelora_platform.config import parse_config
 
-STEPS, ROWS, WIDTH = 4, 4, 12
+STEPS, ROWS, WIDTH, LR = 4, 4, 12, 1e-2
 SPEC = OptimizerSpec(clip=0.5)
+CASES = [(stage, accumulation) for stage in range(4) for accumulation in (1, 2)]
 
 
 def batch(step: int, rows: slice) -> dict[str, Any]:
@@ -37,89 +43,176 @@ def model() -> Any:
     return attach_lora(tiny_model(3), LoraSpec(rank=2, alpha=4), seed=5)
 
 
-def train(engine: Any, rank: int, world: int, accumulation: int, steps: range) -> list[float]:
-    losses = []
-    share = ROWS // (world * accumulation)
-    for step in steps:
-        total = torch.zeros(())
-        for micro in range(accumulation):
-            start = (rank * accumulation + micro) * share
-            loss = answer_loss(engine.forward_model(), batch(step, slice(start, start + share)), ROWS * 2 / world)
-            engine.backward(loss, last=micro == accumulation - 1)
+class Worker:
+    """One rank's view of an engine: the same few lines as the loop's step."""
+
+    def __init__(self, engine: Any, rank: int = 0, world: int = 1, accumulation: int = 1):
+        self.engine, self.rank, self.world, self.accumulation = engine, rank, world, accumulation
+        self.norms: list[float] = []
+
+    def parts(self, step: int) -> list[dict[str, Any]]:
+        share = ROWS // (self.world * self.accumulation)
+        starts = [(self.rank * self.accumulation + micro) * share for micro in range(self.accumulation)]
+        return [batch(step, slice(start, start + share)) for start in starts]
+
+    def backward(self, step: int, factor: float = 1.0) -> float:
+        total, parts = torch.zeros(()), self.parts(step)
+        for micro, part in enumerate(parts):
+            loss = factor * answer_loss(self.engine.forward_model(), part, ROWS * 2 / self.world)  # type: ignore
+            self.engine.backward(loss, last=micro == len(parts) - 1)
             total += loss.detach()
-        engine.step(1e-2)
-        losses.append(float(engine.all_reduce(total, mean=True)))
-    return losses
+        return float(self.engine.all_reduce(total, mean=True))
+
+    def train(self, steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            losses.append(self.backward(step))
+            self.norms.append(float(self.engine.step(LR)))
+        return losses
+
+    def probe(self) -> torch.Tensor:
+        probe = GradientProbe(self.engine.module, 2, 7)
+        module, normaliser = self.engine.module, ROWS * 2 / self.world
+        measured = [probe.measure(partial(answer_loss, module, part, normaliser)) for part in self.parts(9)]  # type: ignore
+        flat = torch.stack([torch.cat([layer.flatten() for layer in one]) for one in measured]).sum(0)
+        return self.engine.all_reduce(flat, mean=True)
+
+    def go_through(self) -> dict[str, Any]:
+        """Everything that is compared, from a fresh engine on."""
+        engine = self.engine
+        found: dict[str, Any] = {"losses": self.train(range(2))}
+        kept_adapter, kept_moments = read_adapter(engine), engine.optimizer_state()
+        found["losses"] += self.train(range(2, STEPS))
+        found |= {"final": read_adapter(engine), "norms": torch.tensor(self.norms), "moments": kept_moments}
+
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in found["final"].items()}
+        with engine.using_adapter(zeros):
+            found["swapped"] = answer_loss(engine.module, batch(0, slice(None)), 1.0).detach()  # type: ignore
+        back = read_adapter(engine)
+        found["restored"] = all(torch.equal(tensor, found["final"][name]) for name, tensor in back.items())
+        found["probe"] = self.probe()
+
+        def rewind() -> None:
+            engine.write_adapter(kept_adapter)
+            engine.load_optimizer_state(kept_moments)
+
+        rewind()
+        found["again"] = self.train(range(2, STEPS))
+
+        rewind()
+        self.backward(2)
+        gradients = {name: tensor.detach().clone() for name, tensor in engine.adapter_gradients().items()}
+        edited = {name: -3.0 * tensor for name, tensor in gradients.items() if "lora_B" in name}
+        engine.set_adapter_gradients(edited)
+        engine.step(LR)
+        found |= {"gradients": gradients, "edited": read_adapter(engine)}
+
+        rewind()
+        self.backward(2, factor=math.nan)
+        engine.drop_gradients()
+        found["dropped"] = all(torch.equal(t, kept_adapter[name]) for name, t in read_adapter(engine).items())
+        found["after_drop"] = self.train(range(2, STEPS))
+
+        rewind()
+        engine.reset_optimizer()
+        self.train(range(2, STEPS))
+        found["reset"] = read_adapter(engine)
+        return found
 
 
-def on_deepspeed(rank: int, world: int, stage: int, accumulation: int) -> dict[str, Any]:
+def on_deepspeed(rank: int, world: int) -> dict[str, Any]:
     from treelora_platform.engine import DeepSpeedEngine
 
-    config = parse_config(
-        {
-            "engine": {"zero_stage": stage},
-            "train": {"global_batch": ROWS, "accumulation": accumulation, "steps": STEPS, "clip": SPEC.clip},
-            "cluster": {"workers": world},
-        }
-    )
-    engine = DeepSpeedEngine(model(), SPEC, config, torch.device("cpu"))
-    losses = train(engine, rank, world, accumulation, range(2))
-    kept_adapter, kept_moments = read_adapter(engine), engine.optimizer_state()
-    losses += train(engine, rank, world, accumulation, range(2, STEPS))
-    final = read_adapter(engine)
+    results: dict[str, Any] = {}
+    for stage, accumulation in CASES:
+        config = parse_config(
+            {
+                "engine": {"zero_stage": stage},
+                "train": {"global_batch": ROWS, "accumulation": accumulation, "steps": STEPS, "clip": SPEC.clip},
+                "cluster": {"workers": world},
+            }
+        )
 
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in final.items()}
-    with engine.using_adapter(zeros):
-        swapped = answer_loss(engine.module, batch(0, slice(None)), 1.0).detach()
-    restored = all(torch.equal(tensor, final[name]) for name, tensor in read_adapter(engine).items())
+        def engine(config: Any = config) -> Any:
+            return DeepSpeedEngine(model(), SPEC, config, torch.device("cpu"))
 
-    engine.write_adapter(kept_adapter)
-    engine.load_optimizer_state(kept_moments)
-    again = train(engine, rank, world, accumulation, range(2, STEPS))
-
-    other = DeepSpeedEngine(model(), SPEC, config, torch.device("cpu"))
-    other.write_adapter(kept_adapter)
-    other.load_optimizer_state(kept_moments)
-    resumed = train(other, rank, world, accumulation, range(2, STEPS))
-
-    return {
-        "losses": losses,
-        "again": again,
-        "resumed": resumed,
-        "final": final,
-        "swapped": swapped,
-        "restored": restored,
-        "step": kept_moments["step"],
-        "moments": {name: tensor for name, tensor in kept_moments.items() if name != "step"},
-    }
+        found = Worker(engine(), rank, world, accumulation).go_through()
+        first = Worker(engine(), rank, world, accumulation)
+        first.train(range(2))
+        adapter, moments = read_adapter(first.engine), first.engine.optimizer_state()
+        other = Worker(engine(), rank, world, accumulation)
+        other.engine.write_adapter(adapter)
+        other.engine.load_optimizer_state(moments)
+        found["resumed"] = other.train(range(2, STEPS))
+        results[f"{stage} {accumulation}"] = found
+    return results
 
 
 @pytest.fixture(scope="module")
 def reference() -> dict[str, Any]:
     torch.set_num_threads(1)
-    engine = TorchEngine(model(), SPEC)
-    losses = train(engine, 0, 1, 1, range(2))
-    moments = engine.optimizer_state()
-    losses += train(engine, 0, 1, 1, range(2, STEPS))
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in read_adapter(engine).items()}
-    with engine.using_adapter(zeros):
-        swapped = answer_loss(engine.module, batch(0, slice(None)), 1.0).detach()
-    return {"losses": losses, "final": read_adapter(engine), "moments": moments, "swapped": swapped}
+    return Worker(TorchEngine(model(), SPEC)).go_through()
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_stage_agrees_with_plain_torch(world: int, stage: int, reference: dict[str, Any], tmp_path: Path) -> None:
-    results = run_ranks(on_deepspeed, world, tmp_path, stage, 1)
-    print(stage, world, results[0]["losses"], reference["losses"], results[0]["again"])
-    for result in results:
-        assert result["losses"] == pytest.approx(reference["losses"], rel=1e-5)
-        assert result["again"] == result["losses"][2:]
-        assert result["resumed"] == result["losses"][2:]
-        assert result["restored"]
-        assert float(result["step"]) == 2
-        torch.testing.assert_close(result["swapped"], reference["swapped"])
-        for name, tensor in reference["final"].items():
-            torch.testing.assert_close(result["final"][name], tensor, rtol=1e-4, atol=1e-6)
-        for name, tensor in result["moments"].items():
-            torch.testing.assert_close(tensor, reference["moments"][name], rtol=1e-4, atol=1e-8)
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 worker", "2 workers"])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(on_deepspeed, request.param, tmp_path_factory.mktemp("ranks"))
+
+
+def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("stage", "accumulation"), CASES)
+class TestEveryStage:
+    def case(self, ranks: list[dict[str, Any]], stage: int, accumulation: int) -> list[dict[str, Any]]:
+        return [rank[f"{stage} {accumulation}"] for rank in ranks]
+
+    def test_trains_as_plain_torch(
+        self, ranks: list[dict[str, Any]], reference: dict[str, Any], stage: int, accumulation: int
+    ) -> None:
+        for found in self.case(ranks, stage, accumulation):
+            assert found["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+            torch.testing.assert_close(found["norms"], reference["norms"], rtol=1e-4, atol=1e-7)
+            close(found["final"], reference["final"], 1e-6)
+            close(found["moments"], reference["moments"], 1e-8)
+            assert float(found["moments"]["step"]) == 2
+
+    def test_goes_back_to_a_state_exactly(
+        self, ranks: list[dict[str, Any]], reference: dict[str, Any], stage: int, accumulation: int
+    ) -> None:
+        for found in self.case(ranks, stage, accumulation):
+            assert found["again"] == found["losses"][2:]
+            assert found["resumed"] == found["losses"][2:]
+            close(found["reset"], reference["reset"], 1e-6)
+
+    def test_computes_with_another_adapter_and_returns(
+        self, ranks: list[dict[str, Any]], reference: dict[str, Any], stage: int, accumulation: int
+    ) -> None:
+        for found in self.case(ranks, stage, accumulation):
+            assert found["restored"]
+            torch.testing.assert_close(found["swapped"], reference["swapped"])
+
+    def test_reads_and_edits_gradients(
+        self, ranks: list[dict[str, Any]], reference: dict[str, Any], stage: int, accumulation: int
+    ) -> None:
+        for found in self.case(ranks, stage, accumulation):
+            close(found["gradients"], reference["gradients"], 1e-7)
+            close(found["edited"], reference["edited"], 1e-6)
+        biased = [name for name in reference["edited"] if "lora_B" in name]
+        assert not any(torch.allclose(reference["edited"][name], reference["final"][name]) for name in biased)
+
+    def test_measures_probes(
+        self, ranks: list[dict[str, Any]], reference: dict[str, Any], stage: int, accumulation: int
+    ) -> None:
+        for found in self.case(ranks, stage, accumulation):
+            torch.testing.assert_close(found["probe"], reference["probe"], rtol=1e-4, atol=1e-7)
+
+    def test_forgets_a_step_without_a_trace(
+        self, ranks: list[dict[str, Any]], reference: dict[str, Any], stage: int, accumulation: int
+    ) -> None:
+        for found in self.case(ranks, stage, accumulation):
+            assert found["dropped"]
+            assert found["after_drop"] == found["again"]

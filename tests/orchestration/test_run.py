@@ -1,0 +1,294 @@
+"""Whole runs on a local Ray: two workers, DeepSpeed ZeRO-2, the tree actor, MLflow on sqlite. And what kills them.
+
+The oracle of every fault is the same: adapters, tree, memory and scores equal those of the uninterrupted run, bit for
+bit. Ray is started once for all runs in this process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from mlflow import MlflowClient
+from rich.console import Console
+
+from tests.support.streams import TASKS, commits, digests, tiny_config
+from treelora.errors import ConfigError
+from treelora_platform.config import ExperimentConfig
+from treelora_platform.extend import extend_run
+from treelora_platform.run import run_experiment
+from treelora_platform.run_tables import read_run_json, read_scores, read_steps, read_tasks
+from treelora_platform.tracking import resolve_tracking_uri
+
+TRAIN_WORKER = "RayTrainWorker"
+TREELORA = str(Path(sys.executable).with_name("treelora"))
+STEPS = 6
+
+
+def config_in(folder: Path, **changes: Any) -> ExperimentConfig:
+    settings: dict[str, Any] = {
+        "engine": {"kind": "deepspeed", "zero_stage": 2},
+        "cluster": {"workers": 2},
+        "train": {"steps": STEPS},
+        "checkpoint": {"every_steps": 2, "keep": 2},
+    }
+    return tiny_config(folder, **settings | changes)
+
+
+def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    path = run_dir / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"{what}: not within {seconds} s"
+        time.sleep(0.02)
+    return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left, read at once."""
+
+    digests: dict[str, str]
+    trees: dict[str, str]
+    scores: Any
+    losses: list[float]
+    arms: list[Any]
+
+    @classmethod
+    def of(cls, run_dir: Path) -> Result:
+        steps = read_steps(run_dir).to_pylist()
+        return cls(
+            digests=digests(commits(run_dir)[-1]),
+            trees={path.name: path.read_text() for path in sorted((run_dir / "tree").glob("*.json"))},
+            scores=read_scores(run_dir).drop_columns(["seconds"]).to_pylist(),
+            losses=[step["loss"] for step in steps],
+            arms=[step["arms"] for step in steps],
+        )
+
+
+def adapters(run_dir: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in (run_dir / "adapters").glob("*/adapter_model.safetensors")}
+
+
+def points(run_dir: Path, metric: str = "loss") -> list[int]:
+    client = MlflowClient(resolve_tracking_uri(None, run_dir.parent))
+    names = client.get_run(read_run_json(run_dir)["mlflow_run_id"]).data.metrics
+    [name] = [name for name in names if name.split("/")[-1] == metric]
+    return [point.step for point in client.get_metric_history(read_run_json(run_dir)["mlflow_run_id"], name)]
+
+
+@pytest.fixture(scope="module")
+def console() -> Iterator[Console]:
+    with open(os.devnull, "w") as nowhere:
+        yield Console(file=nowhere)
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def whole(console: Console, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run's folder."""
+    return run_experiment(config_in(tmp_path_factory.mktemp("whole")), console).run_dir
+
+
+@pytest.fixture(scope="module")
+def expected(whole: Path) -> Result:
+    return Result.of(whole)
+
+
+def test_everything_is_left_behind(whole: Path, expected: Result) -> None:
+    assert read_run_json(whole)["status"] == "FINISHED"
+    steps = read_steps(whole)
+    assert steps["global_step"].to_pylist() == list(range(1, 3 * STEPS + 1))
+    assert read_tasks(whole)["task"].to_pylist() == list(TASKS)
+    assert len(expected.scores) == 3 * (1 + 2 + 3)
+    assert [json.loads(tree)["names"] for tree in expected.trees.values()] == [list(TASKS[: i + 1]) for i in range(3)]
+    folders = sorted((whole / "adapters").iterdir())
+    assert [path.name for path in folders] == [f"{i:04d}-{name}" for i, name in enumerate(TASKS)]
+    assert all((path / "adapter_config.json").exists() for path in folders)
+    assert "</html>" in (whole / "report.html").read_text()
+    assert len(list((whole / "figures").glob("*.png"))) >= 2
+    assert len(commits(whole)) == 2
+    assert not list((whole / "checkpoints").glob(".writing-*"))
+
+
+def test_mlflow_has_one_point_a_step(whole: Path) -> None:
+    record = read_run_json(whole)
+    client = MlflowClient(resolve_tracking_uri(None, whole.parent))
+    run = client.get_run(record["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert points(whole) == list(range(1, 3 * STEPS + 1))
+    assert run.data.params["train.learning_rate"] == "0.02"
+    assert run.data.params["cluster.workers"] == "2"
+    artifacts = {entry.path for entry in client.list_artifacts(record["mlflow_run_id"])}
+    assert {"config.yaml", "report.html", "tables", "tree"} <= artifacts
+
+
+def test_a_complete_run_is_left_alone(whole: Path, console: Console) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
+    outcome = run_experiment(config_in(whole.parent), console)
+    assert outcome.already_complete
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"} == before
+
+
+def test_another_configuration_is_refused(whole: Path, console: Console) -> None:
+    changed = config_in(whole.parent, train={"steps": STEPS, "learning_rate": 0.5})
+    with pytest.raises(ConfigError, match=r"train.learning_rate: 0.02 -> 0.5\n"):
+        run_experiment(changed, console)
+
+
+def test_a_second_live_run_is_refused(whole: Path, console: Console) -> None:
+    with (whole / ".lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="executed by another process"):
+            run_experiment(config_in(whole.parent), console)
+
+
+def train_workers() -> list[psutil.Process]:
+    """The train workers under this process."""
+    return [p for p in psutil.Process().children(recursive=True) if any(TRAIN_WORKER in part for part in command(p))]
+
+
+def command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@contextmanager
+def killer(run_dir: Path, step: int) -> Iterator[list[int]]:
+    """Kills one train worker as soon as a step is done; yields the pids of the killed."""
+    killed: list[int] = []
+
+    def watch() -> None:
+        wait_for(lambda: [e for e in events(run_dir, "step") if e["step"] + STEPS * e["unit"] >= step], 300, "step")
+        victim = random.choice(train_workers())
+        killed.append(victim.pid)
+        victim.kill()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        thread.join()
+
+
+def test_fresh_and_a_killed_worker(whole: Path, expected: Result, console: Console, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "tiny")
+    config, step = config_in(tmp_path), random.randrange(3, 3 * STEPS)
+    (tmp_path / "tiny" / "events.jsonl").unlink()
+    with killer(tmp_path / "tiny", step) as killed:
+        outcome = run_experiment(config, console, fresh=True)
+    begins = [event["global_step"] for event in events(outcome.run_dir, "begin")]
+    assert len(killed) == 1
+    assert len(begins) == 2, f"killed after step {step}: {begins}"
+    assert begins[0] == 0
+    assert 0 < begins[1] <= step + 1
+    assert Result.of(outcome.run_dir) == expected, f"killed after step {step}, resumed after {begins[1]}"
+    assert points(outcome.run_dir) == list(range(1, 3 * STEPS + 1))
+
+
+def test_a_killed_driver_is_taken_up_by_the_same_command(expected: Result, console: Console, tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    (tmp_path / "config.yaml").write_text(config.as_yaml())
+    run_dir = tmp_path / "tiny"
+    driver = subprocess.Popen(
+        [TREELORA, "run", str(tmp_path / "config.yaml")],
+        env=os.environ | {"RAY_ADDRESS": ""},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: len(events(run_dir, "commit")) >= 5 or driver.poll() is not None, 300, "commits")
+        assert driver.poll() is None
+        family = psutil.Process(driver.pid).children(recursive=True)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    assert any(TRAIN_WORKER in part for process in family for part in command(process))
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not [command(process) for process in alive]
+
+    done = len(events(run_dir, "step"))
+    assert run_experiment(config, console).run_dir == run_dir
+    begins = [event["global_step"] for event in events(run_dir, "begin")]
+    assert begins[0] == 0
+    assert 0 < begins[1] <= done
+    assert Result.of(run_dir) == expected
+    assert points(run_dir) == list(range(1, 3 * STEPS + 1))
+    assert len(MlflowClient(resolve_tracking_uri(None, tmp_path)).search_runs(["1"])) == 1
+
+
+def test_a_finished_run_learns_one_more_task(whole: Path, expected: Result, console: Console) -> None:
+    with pytest.raises(ConfigError, match="'time-colours' is already learnt"):
+        extend_run(whole, "builtin", None, "time-colours", console)
+    before = adapters(whole)
+    extended = extend_run(whole, "builtin", None, "subject-directions", console).run_dir
+    assert extended == whole
+    result = Result.of(whole)
+    names = [*TASKS, "subject-directions"]
+    assert len(result.losses) == 4 * STEPS
+    assert result.losses[: 3 * STEPS] == expected.losses
+    assert before.items() < adapters(whole).items()
+    assert result.scores[: len(expected.scores)] == expected.scores
+    assert len(result.scores) == len(expected.scores) + 3 * 4
+    assert expected.trees.items() <= result.trees.items()
+    tree = json.loads(list(result.trees.values())[-1])
+    assert tree["names"] == names
+    assert sorted(task for task in tree["task"] if task >= 0) == [0, 1, 2, 3]
+    assert all(0 <= arm < 3 for arms in result.arms[3 * STEPS :] for arm in arms)
+    assert read_run_json(whole)["status"] == "FINISHED"
+    with pytest.raises(ConfigError, match="'subject-directions' is already learnt"):
+        extend_run(whole, "builtin", None, "subject-directions", console)
+
+
+REFUSED = {
+    "unknown key": (["train.learning_rat=1"], r"train.learning_rat: no such key; did you mean 'learning_rate'?"),
+    "too many workers": (["cluster.workers=64", "train.global_batch=64"], "64 CPUs, this machine has"),
+    "rank 0": (["lora.rank=0"], "lora.rank: Input should be greater than or equal to 1 (found 0)"),
+    "task twice": (["stream.order=[time-colours,time-colours]"], "names 'time-colours' more than once"),
+    "missing file": (None, "there is no such file"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_run_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    overrides, message = REFUSED[case]
+    path = tmp_path / "config.yaml"
+    if overrides is not None:
+        path.write_text(config_in(tmp_path / "runs").as_yaml())
+    done = subprocess.run(
+        [TREELORA, "run", str(path), *(overrides or [])],
+        env=os.environ | {"RAY_ADDRESS": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs" / "tiny").exists()
