@@ -2,8 +2,8 @@
 
 A commit is a folder `checkpoints/<global step>-<unit>-<phase>/` of safetensors and JSON whose manifest, with a SHA-256
 of every file and of the adapters that it builds on, is written last; the folder then gets its name by one rename. What
-is incomplete or altered is therefore seen, and the commit before it is used. `ray.train.report` plays no part: its return doesn't promise that anything is on
-disk.
+is incomplete or altered is therefore seen, and the commit before it is used. `ray.train.report` plays no part: its
+return doesn't promise that anything is on disk.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Any
 
 from treelora.errors import TreeLoRAError
 from treelora_platform.config import ExperimentConfig
+from treelora_platform.guardian import start_guardian
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -54,6 +55,7 @@ def connect(config: ExperimentConfig) -> None:
     cluster = config.cluster
     cpus = max(os.cpu_count() or 1, round(cluster.workers * cluster.cpus_per_worker))
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    start_guardian()
 
 
 def _expect_answer(address: str) -> None:

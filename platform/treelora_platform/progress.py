@@ -6,10 +6,12 @@ watched in the same way.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +43,18 @@ class Eta:
     """
 
     def __init__(self, steps: list[int], done_steps: int = 0):
-        self.steps, self.done_steps, self.judged = steps, done_steps, 0
+        self.steps, self.done_steps = steps, done_steps
+        ends = list(accumulate(steps))
+        self.judged = sum(end <= done_steps for end in ends) if done_steps else 0
         self.step_seconds = self.judge_seconds = 0.0
         self.seen_steps = self.seen_pairs = 0
 
-    def stepped(self, seconds: float) -> None:
-        """One more step took so long."""
+    def stepped(self, seconds: float | None) -> None:
+        """One more step took so long; None where that isn't known."""
         self.done_steps += 1
-        self.seen_steps += 1
-        self.step_seconds += seconds
+        if seconds is not None:
+            self.seen_steps += 1
+            self.step_seconds += seconds
 
     def was_judged(self, unit: int, seconds: float) -> None:
         """Unit `unit` was judged in so many seconds."""
@@ -121,7 +126,8 @@ class Watcher:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                yield json.loads(line)
+                with contextlib.suppress(ValueError):  # torn by a worker that was killed as it wrote
+                    yield json.loads(line)
 
     def _take(self, event: dict[str, Any]) -> None:
         kind, when = event["kind"], event["time"]
@@ -132,7 +138,8 @@ class Watcher:
             self._judge_begin = when if event["what"].startswith("teaching") else self._judge_begin
             self._show(f"{event['task']}: {event['what']}" if event["task"] else event["what"])
         elif kind == "step" and self._eta:
-            self._eta.stepped(when - self._last_time if event["step"] > 1 else 0.0)
+            # before a task's first step its signature was measured
+            self._eta.stepped(when - self._last_time if event["step"] > 1 else None)
             what = f"{event['task']} {event['step']}/{event['steps']}  loss {event['loss']:.3f}"
             self._show(what, completed=self._eta.done_steps)
         elif kind == "scored" and self._eta:

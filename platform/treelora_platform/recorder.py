@@ -44,6 +44,8 @@ class Recorder:
         self._steps: list[StepRecord] = []
         self._flushed = time.monotonic()
         self._events = (run_dir / "events.jsonl").open("a", encoding="utf-8")
+        if self._events.tell() and not (run_dir / "events.jsonl").read_bytes().endswith(b"\n"):
+            self._events.write("\n")  # ends the line that a killed worker left torn
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append a line that the driver shows as progress."""

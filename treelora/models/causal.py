@@ -85,6 +85,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
         raise ConfigError(_cannot_load("model", spec.name, error)) from None
     model.requires_grad_(False)
     model.config.use_cache = False
+    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -116,6 +117,12 @@ def answer_loss(model: Callable[..., Any], batch: Batch, normaliser: float) -> T
     labels_BW = tensors["labels"][:, -width:]
     total = F.cross_entropy(logits_BWV.flatten(0, 1).float(), labels_BW.flatten(), ignore_index=-100, reduction="sum")
     return total / normaliser
+
+
+def _contiguous(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # The slice that `logits_to_keep` takes isn't contiguous, and for such an input torch copies the head's whole weight
+    # once for each row of the batch: half of SmolLM2's step on a CPU.
+    return (args[0].contiguous(), *args[1:])
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
