@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -64,7 +63,7 @@ def main() -> None:
 
 
 def bare_loop(config: ExperimentConfig, threads: int, steps: int) -> list[float]:
-    """Seconds of each step of the loop that one would write by hand: peft, AdamW, the model's own loss on all logits."""
+    """Seconds of each step of the loop that one writes by hand: peft, AdamW, the model's own loss on all logits."""
     import torch
     from peft import LoraConfig, get_peft_model
 

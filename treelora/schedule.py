@@ -13,7 +13,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, floor: floa
         warmup: Share of the steps with rising rate.
         floor: Rate at the last step, as a share of `peak`.
     """
-    rising = int(warmup * steps)
+    rising = min(int(warmup * steps), steps - 1)
     if step <= rising:
         return peak * step / (rising + 1)
     progress = (step - rising) / max(1, steps - rising)

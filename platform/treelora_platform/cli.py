@@ -204,7 +204,12 @@ def data_import(
     path: Annotated[str, typer.Argument(help="Folder, file, URI or Hugging Face id to read.")],
     out: Annotated[Path, typer.Argument(help="Folder that gets a folder for each task.")],
     task: Annotated[list[str] | None, typer.Option(help="Only this task; may be given several times.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the importer, VALUE as YAML: limit=100, columns={prompt: text, answer: label}.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KEY=VALUE for the importer, VALUE as YAML: limit=100, columns={prompt: text, answer: label}."
+        ),
+    ] = None,
 ) -> None:
     """Turn tasks of another format into Parquet; says which rows could not be used, and why."""
     from treelora.data.sources import import_tasks

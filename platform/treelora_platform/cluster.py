@@ -103,26 +103,32 @@ def fit(config: ExperimentConfig, job: dict[str, Any], run_dir: Path, attempt: i
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
-    trainer = TorchTrainer(
-        run_worker,
-        train_loop_config=job,
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        run_config=ray.train.RunConfig(
-            # a name of its own for each attempt: Ray would silently take an old one for a run to resume
-            name=f"attempt-{attempt}-{int(time.time())}",
-            storage_path=str(run_dir / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-        ),
-    )
-    with _interruptible():
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            return explain(error)
-    return None
+    for failures in range(cluster.max_failures + 1):
+        trainer = TorchTrainer(
+            run_worker,
+            train_loop_config=job,
+            torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+            ),
+            run_config=ray.train.RunConfig(
+                # a name of its own for each attempt: Ray would silently take an old one for a run to resume
+                name=f"attempt-{attempt}.{failures}-{int(time.time())}",
+                storage_path=str(run_dir / "ray"),
+                # Ray would retry every exception, a mistake in the data too; we begin again only where it may help
+                failure_config=ray.train.FailureConfig(max_failures=0),
+            ),
+        )
+        with _interruptible():
+            try:
+                trainer.fit()
+            except TrainingFailedError as error:
+                failure = explain(error)
+                if ours(error):
+                    break
+            else:
+                return None
+    return failure
 
 
 @contextmanager
@@ -145,13 +151,22 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def causes(error: BaseException) -> dict[int, BaseException]:
+    """What each failed worker raised, by rank."""
+    failures = getattr(error, "worker_failures", None) or {}
+    return {rank: getattr(cause, "cause", None) or cause for rank, cause in sorted(failures.items())}
+
+
+def ours(error: BaseException) -> TreeLoRAError | None:
+    """Our own error behind a failure, if it is one: the same again after a restart."""
+    return next((cause for cause in causes(error).values() if isinstance(cause, TreeLoRAError)), None)
+
+
 def explain(error: BaseException) -> str:
     """The innermost cause of a failure on the workers, in a line or two; our own errors speak for themselves."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for rank, cause in sorted(failures.items()):
-        inner = getattr(cause, "cause", None) or cause
-        if isinstance(inner, TreeLoRAError):
-            return str(inner)
-        text = str(inner).strip()
-        return f"worker {rank} failed: {text.splitlines()[-1] if text else type(inner).__name__}\n{text}"
+    if own := ours(error):
+        return str(own)
+    for rank, cause in causes(error).items():
+        text = str(cause).strip()
+        return f"worker {rank} failed: {text.splitlines()[-1] if text else type(cause).__name__}\n{text}"
     return f"training failed: {error}"

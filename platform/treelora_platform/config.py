@@ -113,7 +113,7 @@ class TreeLoRASettings(_Section):
     )
     tree: Literal["medoid", "agglomerative", "paper"] = Field("medoid", description="How the tree is built.")
     penalty: Literal["none", "prox", "soft", "sign"] = Field("prox", description="The similarity penalty (Eq. 3).")
-    strength: float = Field(0.5, ge=0, description="Lambda of Eq. 3; the paper uses 0.5 for language models.")
+    strength: float = Field(0.1, ge=0, description="Lambda of Eq. 3; the paper uses 0.5 for LLMs, 0.1 for ViTs.")
     start: Literal["continue", "fresh", "tree_node"] = Field(
         "continue", description="The adapter that a task starts from."
     )

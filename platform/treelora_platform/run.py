@@ -69,6 +69,8 @@ def run_experiment(
         with console.status("preparing the tasks"):
             prepared = prepare_stream(config)
         _show_skipped(prepared, console)
+        if not force:
+            _refuse_other_data(run_dir, prepared)
         return _execute(config, prepared, run_dir, console, parent_run_id)
 
 
@@ -111,34 +113,14 @@ def _execute(
     from treelora_platform.tracking import start_run
 
     commit, _ = newest_commit(run_dir)
-    known = read_run_json(run_dir)
-    name = config.name
-    record = {
-        "name": name,
-        "status": "RUNNING",
-        "config_hash": config.digest(),
-        "data_hash": prepared.fingerprint(),
-        "tasks": [task.name for task in prepared.stream],
-        "versions": versions(),
-        "created": known.get("created", time.time()),
-        "attempts": known.get("attempts", 0) + 1,
-    }
-    tags = {
-        "method": config.method,
-        "stream": config.stream.source,
-        "order": ", ".join(prepared.stream.names),
-        "seed": str(config.seed),
-        "data_hash": record["data_hash"][:16],
-        **{f"version.{package}": version for package, version in record["versions"].items()},
-        **config.tracking.tags,
-    }
+    record = _record(config, prepared, read_run_json(run_dir))
     (run_dir / "config.yaml").write_text(config.as_yaml(), encoding="utf-8")
     run_id = start_run(
         config.tracking.uri,
         config.tracking.experiment,
-        name,
+        config.name,
         config.as_dict(),
-        tags,
+        _tags(config, record),
         parent_run_id,
         run_dir=run_dir,
         base=run_dir.parent,
@@ -178,6 +160,33 @@ def _execute(
     return Outcome(run_dir, run_id)
 
 
+def _record(config: ExperimentConfig, prepared: PreparedStream, known: dict[str, Any]) -> dict[str, Any]:
+    """What `run.json` says of this attempt; `known` is what it said before."""
+    return {
+        "name": config.name,
+        "status": "RUNNING",
+        "config_hash": config.digest(),
+        "data_hash": prepared.fingerprint(),
+        "tasks": list(prepared.stream.names),
+        "versions": versions(),
+        "created": known.get("created", time.time()),
+        "attempts": known.get("attempts", 0) + 1,
+    }
+
+
+def _tags(config: ExperimentConfig, record: dict[str, Any]) -> dict[str, str]:
+    """MLflow tags that make a run findable."""
+    return {
+        "method": config.method,
+        "stream": config.stream.source,
+        "order": ", ".join(record["tasks"]),
+        "seed": str(config.seed),
+        "data_hash": record["data_hash"][:16],
+        **{f"version.{package}": version for package, version in record["versions"].items()},
+        **config.tracking.tags,
+    }
+
+
 def load_run_config(run_dir: Path) -> ExperimentConfig:
     """Configuration that a run was made with.
 
@@ -201,6 +210,15 @@ def _complete(run_dir: Path, config: ExperimentConfig, force: bool) -> bool:
             "choose another name, --fresh to begin anew, or --force to go on all the same"
         )
     return record.get("status") == "FINISHED" and record.get("config_hash") == config.digest()
+
+
+def _refuse_other_data(run_dir: Path, prepared: PreparedStream) -> None:
+    before = read_run_json(run_dir).get("data_hash")
+    if before and before != prepared.fingerprint():
+        raise ConfigError(
+            f"{run_dir}: the tasks' data is not what the run began with; choose another name, --fresh to begin anew, "
+            "or --force to go on all the same"
+        )
 
 
 def difference(before: ExperimentConfig, after: ExperimentConfig) -> str:

@@ -32,7 +32,7 @@ from tests.support.streams import TASKS, commits, digests, tiny_config
 from treelora.errors import ConfigError
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.extend import extend_run
-from treelora_platform.run import run_experiment
+from treelora_platform.run import RunFailedError, run_experiment
 from treelora_platform.run_tables import read_run_json, read_scores, read_steps, read_tasks
 from treelora_platform.tracking import resolve_tracking_uri
 
@@ -262,6 +262,20 @@ def test_a_finished_run_learns_one_more_task(whole: Path, expected: Result, cons
     assert read_run_json(whole)["status"] == "FINISHED"
     with pytest.raises(ConfigError, match="'subject-directions' is already learnt"):
         extend_run(whole, "builtin", None, "subject-directions", console)
+
+
+def test_a_failure_that_would_come_again_is_not_retried(console: Console, tmp_path: Path) -> None:
+    hopeless = config_in(
+        tmp_path, method="sequential", train={"steps": STEPS, "learning_rate": 1e38, "max_bad_steps": 2}
+    )
+    with pytest.raises(RunFailedError, match=r"task 'time-colours': the loss was nan for 2 steps in a row up to step "):
+        run_experiment(hopeless, console)
+    run_dir = tmp_path / "tiny"
+    assert len(events(run_dir, "begin")) == 1
+    record = read_run_json(run_dir)
+    assert record["status"] == "FAILED"
+    client = MlflowClient(resolve_tracking_uri(None, tmp_path))
+    assert client.get_run(record["mlflow_run_id"]).info.status == "FAILED"
 
 
 REFUSED = {

@@ -1,6 +1,7 @@
 """The learning rate of a task's steps."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ def test_by_hand() -> None:
     assert rates(10, 0.2, 0.1) == pytest.approx(expected)
     assert rates(10, 0.2, 0.1)[5] == pytest.approx(0.55)  # half-way down
     assert rates(4, 0.0, 0.0) == pytest.approx([0.5 + 0.5 / 2**0.5, 0.5, 0.5 - 0.5 / 2**0.5, 0.0])
+    assert rates(3, 1 - 2**-53, 0.25)[-1] == 0.25  # the last step never rises
     assert rates(1, 0.9, 0.25) == pytest.approx([0.25])
     assert rates(3, 0.0, 1.0, peak=7.0) == pytest.approx([7.0] * 3)
 
@@ -31,8 +33,8 @@ def test_by_hand() -> None:
 )
 def test_rises_then_falls_to_the_floor(steps: int, warmup: float, floor: float, peak: float) -> None:
     found = rates(steps, warmup, floor, peak)
-    rising = int(warmup * steps)
+    rising = min(int(warmup * steps), steps - 1)
     assert all(0 <= rate <= peak * (1 + 1e-9) for rate in found)
-    assert all(a < b for a, b in zip(found[:rising], found[1:rising], strict=False))
-    assert all(a >= b for a, b in zip(found[rising:], found[rising + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(found[:rising]))
+    assert all(a >= b for a, b in pairwise(found[rising:]))
     assert found[-1] == pytest.approx(peak * floor, abs=1e-12)

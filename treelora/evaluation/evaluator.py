@@ -1,8 +1,8 @@
 """Scores every task seen so far, in every inference mode, shared over the workers.
 
 `last` answers with the adapter under training, `merged` with the mean of all tasks' adapters, `routed` with the
-adapter of the task that a router takes the prompt for; no mode is told the task. Answers of one adapter on one row never
-change, so they are kept: `routed` mostly reuses what `last` has answered when the adapter was fresh.
+adapter of the task that a router takes the prompt for; no mode is told the task. Answers of one adapter on one row
+never change, so they are kept: `routed` mostly reuses what `last` has answered when the adapter was fresh.
 """
 
 from __future__ import annotations
