@@ -106,9 +106,7 @@ def import_and_load(config: ExperimentConfig) -> float:
     return time.perf_counter() - begin
 
 
-def report(
-    seconds: dict[str, list[float]], first: list[float], load: float, probe: list[float], tokens: float
-) -> None:
+def report(seconds: dict[str, list[float]], first: list[float], load: float, probe: list[float], tokens: float) -> None:
     """Print a row a ratio."""
     median = {name: float(np.median(values)) for name, values in seconds.items()}
     spread = {name: f"{np.quantile(v, 0.25):.2f}-{np.quantile(v, 0.75):.2f}" for name, v in seconds.items()}

@@ -96,6 +96,11 @@ def newest_commit(run_dir: Path) -> tuple[Commit | None, list[str]]:
     return None, troubles
 
 
+def newest_name(run_dir: Path) -> str:
+    """Folder name of the newest commit, whole or not; empty where there is none."""
+    return next((folder.name for folder in _newest_first(run_dir)), "")
+
+
 def read_commit(folder: Path) -> Commit:
     """Read a commit after checking every file against its manifest.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from treelora.errors import TreeLoRAError
+from treelora_platform.checkpoint import newest_name
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.guardian import start_guardian
 
@@ -103,6 +104,7 @@ def fit(config: ExperimentConfig, job: dict[str, Any], run_dir: Path, attempt: i
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
+    failure = stands = ""
     for failures in range(cluster.max_failures + 1):
         trainer = TorchTrainer(
             run_worker,
@@ -123,9 +125,10 @@ def fit(config: ExperimentConfig, job: dict[str, Any], run_dir: Path, attempt: i
             try:
                 trainer.fit()
             except TrainingFailedError as error:
-                failure = explain(error)
-                if ours(error):
-                    break
+                before, failure = failure, explain(error)
+                stood, stands = stands, newest_name(run_dir)
+                if ours(error) or (failures and (before, stood) == (failure, stands)):
+                    break  # it would come again
             else:
                 return None
     return failure
@@ -168,5 +171,6 @@ def explain(error: BaseException) -> str:
         return str(own)
     for rank, cause in causes(error).items():
         text = str(cause).strip()
-        return f"worker {rank} failed: {text.splitlines()[-1] if text else type(cause).__name__}\n{text}"
+        last = text.splitlines()[-1] if text else type(cause).__name__
+        return f"worker {rank} failed: {last}" + (f"\n{text}" if "\n" in text else "")
     return f"training failed: {error}"

@@ -206,7 +206,7 @@ def test_rendering_shows_scores_names_and_performance():
     text = console.file.getvalue()
     lines = [line for line in text.splitlines() if "mnli" in line]
     assert lines[-1].split() == ["│", "1", "mnli", "│", "80.0", "│", "70.0", "│", "50.0", "│"]
-    assert "a very…(B)" in text
+    assert "2 a very long name (B)" in text
     assert "·" in text
     op = next(line for line in text.splitlines() if "OP" in line)
     assert [w for w in op.split() if w[0].isdigit()] == ["80.0", "65.0", "68.7"]
