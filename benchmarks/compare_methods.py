@@ -36,7 +36,9 @@ def main() -> None:
             for method in args.methods:
                 if method in ("joint", "frozen") and number > 1:
                     continue  # the order of tasks plays no part
-                extra = [f"evaluation.in_context_examples={args.examples}"] if method == "frozen" else []
+                extra = []
+                if method == "frozen":  # the examples need room before the prompt
+                    extra = [f"evaluation.in_context_examples={args.examples}", "model.max_length=512"]
                 fixed = [f"name={method}-order{number}-seed{seed}", f"method={method}", f"seed={seed}"]
                 fixed += [f"stream.order=[{order}]", f"stream.seed={seed}", f"output_dir={args.out}"]
                 config = load_config(args.config, [*args.overrides, *fixed, *extra])

@@ -58,7 +58,10 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float) -> Tensor | float:
-        """Clip, update the adapter, forget the gradients; returns the norm before clipping. Collective."""
+        """Clip, update the adapter, forget the gradients; returns the norm before clipping. Collective.
+
+        Where the norm isn't finite nothing is updated.
+        """
         ...
 
     def drop_gradients(self) -> None:
@@ -149,7 +152,8 @@ class TorchEngine:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.spec.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        if norm.isfinite():
+            self.optimizer.step()
         self.drop_gradients()
         return norm
 

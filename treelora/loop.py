@@ -72,6 +72,11 @@ class StepRecord:
     observation_mean: float | None = None
     arms: tuple[int, ...] | None = None
 
+    @property
+    def good(self) -> bool:
+        """Whether weights changed; else the step was skipped, for a loss or gradient that was not finite."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 @dataclass(frozen=True)
 class TaskRecord:
@@ -121,7 +126,7 @@ class StreamLoop:
         """Go on from `position` to the end of the stream. Collective.
 
         Raises:
-            TreeLoRAError: the loss was not finite for `max_bad_steps` steps in a row, or at every step of a task.
+            TreeLoRAError: loss or gradient was not finite for `max_bad_steps` steps in a row, or throughout a task.
         """
         while self.position.unit < len(self.units):
             unit = self.units[self.position.unit]
@@ -154,11 +159,12 @@ class StreamLoop:
         bad = 0
         for step in range(start + 1, unit.plan.steps + 1):
             record = self._step(context, unit, step)
-            bad = bad + 1 if not math.isfinite(record.loss) else 0
+            bad = 0 if record.good else bad + 1
             if bad >= min(self.options.max_bad_steps, unit.plan.steps):
                 raise TreeLoRAError(
-                    f"task {unit.name!r}: the loss was {record.loss} for {bad} steps in a row up to step {step}; the "
-                    "last commit is intact. Lower train.learning_rate, or look at the task's rows"
+                    f"task {unit.name!r}, step {step}: loss {record.loss}, gradient norm {record.grad_norm}; not "
+                    f"finite for {bad} steps in a row. The last commit is intact; lower train.learning_rate, or look at "
+                    "the task's rows"
                 )
             self.position = Position(
                 index, step, False, self.position.global_step + 1, train_seconds=time.perf_counter() - begin
@@ -187,9 +193,11 @@ class StreamLoop:
         if math.isfinite(value):
             method.after_backward(engine)
             norm = float(engine.step(lr))
-            method.after_step(engine, lr)
         else:
             engine.drop_gradients()
+        if math.isfinite(norm):
+            method.after_step(engine, lr)
+        else:
             method.step_skipped()
         metrics = method.metrics()
         return StepRecord(

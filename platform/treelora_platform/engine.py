@@ -109,10 +109,15 @@ class DeepSpeedEngine:
         """See `Engine`."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        # without ZeRO, DeepSpeed clips but doesn't tell the norm
-        norm = torch.nn.utils.get_total_norm(self.adapter_gradients().values()) if self.stage == 0 else None
+        if self.stage == 0:  # without ZeRO, DeepSpeed neither tells the norm nor minds infinity
+            norm = torch.nn.utils.get_total_norm(self.adapter_gradients().values())
+            if not norm.isfinite():
+                self.drop_gradients()
+                return norm
+            self.engine.step()
+            return norm
         self.engine.step()
-        return self.engine.get_global_grad_norm() or 0.0 if norm is None else norm
+        return self.engine.get_global_grad_norm() or 0.0
 
     def drop_gradients(self) -> None:
         """See `Engine`."""

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.support.ranks import run_ranks
+from tests.support.streams import Recorded, tiny_config
 from treelora.adapters import LoraSpec, attach_lora
 from treelora.engine import OptimizerSpec, TorchEngine, read_adapter
+from treelora.local_memory import LocalMemory
+from treelora.loop import StepRecord, StreamLoop
 from treelora.models.causal import answer_loss
 from treelora.models.tiny import tiny_model
 from treelora.signature import GradientProbe
+from treelora_platform.assemble import assemble
 from treelora_platform.config import parse_config
+from treelora_platform.prepare import prepare_stream
 
 STEPS, ROWS, WIDTH, LR = 4, 4, 12, 1e-2
 SPEC = OptimizerSpec(clip=0.5)
@@ -114,16 +120,62 @@ class Worker:
         found["after_drop"] = self.train(range(2, STEPS))
 
         rewind()
+        self.backward(2)
+        [first, *_] = engine.adapter_gradients().items()
+        engine.set_adapter_gradients({first[0]: torch.full_like(first[1], math.inf)})
+        found["infinite_norm"] = float(engine.step(LR))
+        found["unmoved"] = all(torch.equal(t, kept_adapter[name]) for name, t in read_adapter(engine).items())
+        found["after_infinity"] = self.train(range(2, STEPS))
+
+        rewind()
         engine.reset_optimizer()
         self.train(range(2, STEPS))
         found["reset"] = read_adapter(engine)
         return found
 
 
-def on_deepspeed(rank: int, world: int) -> dict[str, Any]:
+class Arms(Recorded):
+    """Keeps the arms as this rank's method has them, not as rank 0 reports them."""
+
+    loop: StreamLoop
+
+    def stepped(self, record: StepRecord, steps: int) -> None:
+        super().stepped(record, steps)
+        self.seen = [*getattr(self, "seen", []), *self.loop.method.arms_L.tolist()]  # type: ignore[attr-defined]
+
+
+def whole_stream(folder: str, world: int, make_engine: Any) -> dict[str, Any]:
+    """Three tasks with method treelora, with the memory on rank 0."""
+    hooks = Arms()
+    zero = {"kind": "deepspeed", "zero_stage": 2} if world > 1 else {}
+    settings = {"search": "flat_lcb", "exploration": 0.0}
+    config = tiny_config(
+        Path(folder), engine=zero, cluster={"workers": world}, treelora=settings, lora={"dropout": 0.0}
+    )
+    tasks = list(prepare_stream(config).stream)
+
+    def engine(module: Any, spec: OptimizerSpec) -> Any:
+        return make_engine(module, spec, config)
+
+    hooks.loop = assemble(config, tasks, Path(folder) / "tokens", hooks, engine, LocalMemory)
+    hooks.loop.run()
+    return {
+        "arms": hooks.seen,
+        "losses": [record.loss for record in hooks.steps],
+        "scores": [score.score for score in hooks.scores],
+        "final": hooks.loop.bank[-1],
+        "has_memory": hooks.loop.method.memory is not None,  # type: ignore[attr-defined]
+    }
+
+
+def on_deepspeed(rank: int, world: int, folder: str) -> dict[str, Any]:
     from treelora_platform.engine import DeepSpeedEngine
 
     results: dict[str, Any] = {}
+    if world > 1:
+        results["stream"] = whole_stream(
+            folder, world, lambda module, spec, config: DeepSpeedEngine(module, spec, config, torch.device("cpu"))
+        )
     for stage, accumulation in CASES:
         config = parse_config(
             {
@@ -156,13 +208,31 @@ def reference() -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 worker", "2 workers"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(on_deepspeed, request.param, tmp_path_factory.mktemp("ranks"))
+    folder = tmp_path_factory.mktemp("ranks")
+    prepare_stream(tiny_config(folder))  # as the driver does, before there are workers
+    return run_ranks(on_deepspeed, request.param, folder, str(folder))
 
 
 def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_ranks_agree_on_every_arm_and_with_one_process(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    if len(ranks) == 1:
+        pytest.skip("one rank has nobody to agree with")
+    one, other = (rank["stream"] for rank in ranks)
+    assert [one["has_memory"], other["has_memory"]] == [True, False]
+    alone = whole_stream(str(tmp_path), 1, lambda module, spec, config: TorchEngine(module, spec))
+    layers = 4
+    assert len(one["arms"]) == 2 * STEPS * layers
+    assert set(one["arms"]) == {0, 1}
+    assert one["arms"] == other["arms"] == alone["arms"]
+    assert one["losses"] == other["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert one["scores"] == other["scores"] == alone["scores"]
+    close(one["final"], alone["final"], 1e-4)  # Adam magnifies the last bits of small gradients
+    assert all(torch.equal(tensor, other["final"][name]) for name, tensor in one["final"].items())
 
 
 @pytest.mark.parametrize(("stage", "accumulation"), CASES)
@@ -216,3 +286,11 @@ class TestEveryStage:
         for found in self.case(ranks, stage, accumulation):
             assert found["dropped"]
             assert found["after_drop"] == found["again"]
+
+    def test_takes_no_step_along_an_infinite_gradient(
+        self, ranks: list[dict[str, Any]], reference: dict[str, Any], stage: int, accumulation: int
+    ) -> None:
+        for found in [reference, *self.case(ranks, stage, accumulation)]:
+            assert not math.isfinite(found["infinite_norm"])
+            assert found["unmoved"]
+            assert found["after_infinity"] == found["again"]

@@ -266,9 +266,9 @@ def test_a_finished_run_learns_one_more_task(whole: Path, expected: Result, cons
 
 def test_a_failure_that_would_come_again_is_not_retried(console: Console, tmp_path: Path) -> None:
     hopeless = config_in(
-        tmp_path, method="sequential", train={"steps": STEPS, "learning_rate": 1e38, "max_bad_steps": 2}
+        tmp_path, method="sequential", train={"steps": STEPS, "learning_rate": 1e30, "max_bad_steps": 2}
     )
-    with pytest.raises(RunFailedError, match=r"task 'time-colours': the loss was nan for 2 steps in a row up to step "):
+    with pytest.raises(RunFailedError, match=r"task 'time-colours', step \d: loss .* for 2 steps in a row"):
         run_experiment(hopeless, console)
     run_dir = tmp_path / "tiny"
     assert len(events(run_dir, "begin")) == 1

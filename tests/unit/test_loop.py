@@ -208,16 +208,24 @@ def test_the_resumed_state_matters(tmp_path: Path) -> None:
 
 
 class Poisoned(TorchEngine):
-    """The forward passes of the given steps (from 1, over the whole run) give NaN."""
+    """The forward passes of the given steps (from 1, over the whole run) give NaN, or infinite gradients."""
 
     bad: frozenset[int] = frozenset()
+    infinite = False
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.passes = 0
 
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        super().backward(loss, last=last)
+        if self.infinite and self.passes in self.bad:
+            next(p for name, p in self.parameters.items() if "lora_B" in name).grad.fill_(math.inf)  # type: ignore
+
     def forward_model(self) -> Any:
         self.passes += 1
+        if self.infinite:
+            return self.module
         if self.passes not in self.bad:
             return self.module
 
@@ -229,8 +237,11 @@ class Poisoned(TorchEngine):
         return broken
 
 
-def poisoned_loop(monkeypatch: pytest.MonkeyPatch, bad: set[int], folder: Path, **changes: Any) -> StreamLoop:
-    monkeypatch.setattr("tests.support.streams.TorchEngine", type("Engine", (Poisoned,), {"bad": frozenset(bad)}))
+def poisoned_loop(
+    monkeypatch: pytest.MonkeyPatch, bad: set[int], folder: Path, infinite: bool = False, **changes: Any
+) -> StreamLoop:
+    engine = type("Engine", (Poisoned,), {"bad": frozenset(bad), "infinite": infinite})
+    monkeypatch.setattr("tests.support.streams.TorchEngine", engine)
     return build_loop(tiny_config(folder, **changes))
 
 
@@ -246,6 +257,27 @@ def test_a_nan_loss_skips_its_step(variant: str, tmp_path: Path, monkeypatch: py
     if isinstance(loop.method, TreeLoRA):
         assert loop.method.memory
         assert loop.method.memory.describe()["tasks"] == list(TASKS)  # it took every call in order
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_infinite_gradient_skips_its_step(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = poisoned_loop(monkeypatch, {2, 5, 12}, tmp_path, infinite=True, **VARIANTS[variant])
+    loop.run()
+    records = recorded(loop).steps
+    assert [r.global_step for r in records if not r.good] == [2, 5, 12]
+    assert all(math.isfinite(r.loss) for r in records)
+    assert all(torch.isfinite(tensor).all() for adapter in loop.bank for tensor in adapter.values())
+    if isinstance(loop.method, TreeLoRA):
+        assert loop.method.memory
+        assert loop.method.memory.describe()["tasks"] == list(TASKS)
+
+
+def test_infinite_gradients_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = poisoned_loop(monkeypatch, {2, 3, 4}, tmp_path, infinite=True)
+    with pytest.raises(
+        TreeLoRAError, match=r"'time-colours', step 4: loss 5.\d+, gradient norm inf; .* 3 steps in a row"
+    ):
+        loop.run()
 
 
 def test_a_skipped_step_changes_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +297,7 @@ def test_a_skipped_step_changes_no_weight(tmp_path: Path, monkeypatch: pytest.Mo
 def test_nan_losses_in_a_row_stop_the_run(signature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"treelora": {"signature": signature}, "train": {"max_bad_steps": 2}}
     loop = poisoned_loop(monkeypatch, {2, 6, 7}, tmp_path, **settings)
-    with pytest.raises(TreeLoRAError, match=r"task 'mood-directions': the loss was nan for 2 steps .* up to step 3"):
+    with pytest.raises(TreeLoRAError, match=r"task 'mood-directions', step 3: loss nan, .* for 2 steps in a row"):
         loop.run()
     last = recorded(loop).positions[-1]
     assert (last.unit, last.step, last.global_step) == (1, 2, 6)
@@ -273,7 +305,7 @@ def test_nan_losses_in_a_row_stop_the_run(signature: str, tmp_path: Path, monkey
 
 def test_a_task_without_one_good_step_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = poisoned_loop(monkeypatch, {3, 4}, tmp_path, train={"steps": 2, "max_bad_steps": 9})
-    with pytest.raises(TreeLoRAError, match=r"task 'mood-directions'.* 2 steps in a row up to step 2"):
+    with pytest.raises(TreeLoRAError, match=r"task 'mood-directions', step 2: .* for 2 steps in a row"):
         loop.run()
 
 

@@ -47,6 +47,8 @@ class SignatureSource:
         self._sum_LK = torch.zeros(len(dims), options.sketch_size)
         self._full_sum: dict[str, Tensor] = {}
         self._steps = 0
+        self.seen_finite = True
+        """Whether the last step's gradients can be used; else nothing was taken in."""
 
     @property
     def reads_gradients(self) -> bool:
@@ -92,6 +94,9 @@ class SignatureSource:
         """Take in a step's gradients, and return them. Collective."""
         gradients = engine.adapter_gradients()
         self._seen_LK = self._count_sketch.sketch(self._vectors(gradients)).cpu()
+        self.seen_finite = bool(self._seen_LK.isfinite().all())
+        if not self.seen_finite:
+            return gradients
         self._sum_LK += self._seen_LK
         self._steps += 1
         if self.keeps_full:
