@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from treelora.errors import ConfigError, TreeLoRAError
+from treelora.models.smollm2 import cached_smollm2
 from treelora_platform.checkpoint import newest_commit
 from treelora_platform.config import ExperimentConfig, parse_config
 from treelora_platform.prepare import PreparedStream, cache_folder, check_storage, prepare_stream, run_folder
@@ -69,6 +70,9 @@ def run_experiment(
         with console.status("preparing the tasks"):
             prepared = prepare_stream(config)
         _show_skipped(prepared, console)
+        if config.model.name == "smollm2":
+            with console.status("unpacking SmolLM2, once"):
+                cached_smollm2()
         if not force:
             _refuse_other_data(run_dir, prepared)
         return _execute(config, prepared, run_dir, console, parent_run_id)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
-import torch
+from filelock import FileLock
 
 from treelora.errors import ConfigError
 
@@ -30,19 +29,15 @@ def cached_smollm2() -> Path:
         ConfigError: the package is not installed.
     """
     folder = cache_home() / "smollm2-135m-instruct"
-    if (folder / "config.json").exists():
+    if folder.exists():
         return folder
     gguf = _packaged_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".smollm2-"))
-    try:
-        _convert(gguf, scratch)
-        os.replace(scratch, folder)
-    except OSError:
-        if not (folder / "config.json").exists():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with FileLock(folder.with_suffix(".lock")):  # several workers of a machine may come here at once
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as scratch:
+                _convert(gguf, Path(scratch) / "model")
+                os.replace(Path(scratch) / "model", folder)
     return folder
 
 
@@ -56,12 +51,13 @@ def _packaged_gguf() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    # transformers refuses to save what still looks quantised; the weights were unpacked on loading
-    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
-        model.__dict__.pop(attribute, None)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="bfloat16")
+    # Not `model.save_pretrained`: it refuses what was read from GGUF, and in a process group only rank 0 writes.
     model.config.__dict__.pop("quantization_config", None)
-    model.save_pretrained(folder)
+    model.config.save_pretrained(folder)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})  # the head is tied to the embedding
