@@ -162,8 +162,8 @@ class StreamLoop:
             bad = 0 if record.good else bad + 1
             if bad >= min(self.options.max_bad_steps, unit.plan.steps):
                 raise TreeLoRAError(
-                    f"task {unit.name!r}, step {step}: loss {record.loss}, gradient norm {record.grad_norm}; not finite "
-                    f"for {bad} steps in a row. The last commit is intact; lower train.learning_rate or look at the rows"
+                    f"task {unit.name!r}, step {step}: loss {record.loss}, gradient norm {record.grad_norm}; not "
+                    f"finite for {bad} steps in a row. The last commit is intact; lower train.learning_rate"
                 )
             self.position = Position(
                 index, step, False, self.position.global_step + 1, train_seconds=time.perf_counter() - begin

@@ -67,6 +67,16 @@ class Recorded:
         self.positions.append(position)
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "probe_b prox": {"treelora": {"signature": "probe_b", "penalty": "prox"}},
+    "gradient soft": {"treelora": {"signature": "gradient", "penalty": "soft", "search": "flat_lcb"}},
+    "gradient sign full": {"treelora": {"signature": "gradient", "penalty": "sign", "search": "full"}},
+    "value tree_node": {"treelora": {"signature": "adapter_value", "penalty": "prox", "start": "tree_node"}},
+    "sequential": {"method": "sequential"},
+    "joint": {"method": "joint"},
+}
+
+
 def build_loop(config: ExperimentConfig, hooks: Any = None) -> StreamLoop:
     """A loop at the start of the stream."""
     torch.set_num_threads(1)
@@ -112,3 +122,8 @@ def digests(commit: Path) -> dict[str, str]:
 def commits(run_dir: Path) -> list[Path]:
     """Oldest first."""
     return sorted(path for path in (run_dir / "checkpoints").iterdir() if path.name[0].isdigit())
+
+
+def recorded(loop: StreamLoop) -> Recorded:
+    assert isinstance(loop.hooks, Recorded)
+    return loop.hooks
