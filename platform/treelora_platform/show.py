@@ -89,6 +89,8 @@ def tree_view(tree: TreeSnapshot, labels: dict[str, str]) -> Tree:
 
 def show_arms(run_dir: Path, console: Console) -> None:
     """For each task, which past tasks its layers were compared with, as a share of all pulls."""
+    from treelora.evaluation.matrix import shorten
+
     steps = read_steps(run_dir, columns=["task", "arms"])
     tasks = [row["task"] for row in read_tasks(run_dir).to_pylist()]
     pulls: dict[str, Counter[int]] = {}
@@ -97,14 +99,16 @@ def show_arms(run_dir: Path, console: Console) -> None:
             pulls.setdefault(task, Counter()).update(arms)
     if not pulls:
         return
-    table = Table(title="Arms pulled: share (%) of the past tasks, over layers and steps")
-    table.add_column("task")
-    for name in tasks[:-1]:
-        table.add_column(name, justify="right", overflow="fold")
+    title = "Arms pulled: share (%) of the past tasks, over layers and steps"
+    table = Table(title=title, caption="a column a past task, numbered as the rows")
+    table.add_column("task", no_wrap=True)
+    for number in range(1, len(tasks)):
+        table.add_column(str(number), justify="right")
     for task, counts in pulls.items():
         total = counts.total()
         shares = [f"{100 * counts[i] / total:.0f}" if i in counts else "" for i in range(len(tasks) - 1)]
-        table.add_row(task, *shares)
+        label = f"{tasks.index(task) + 1} {shorten(task, 24)}" if task in tasks else task
+        table.add_row(escape(label), *shares)
     console.print(table)
 
 
