@@ -13,5 +13,9 @@ class DataError(TreeLoRAError):
     """Data that can't be used."""
 
 
+class LostError(TreeLoRAError):
+    """Something was lost that a restart from the last commit brings back, such as an actor that died."""
+
+
 class CheckpointError(TreeLoRAError):
     """A checkpoint that is incomplete, altered or not ours."""

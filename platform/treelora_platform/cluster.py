@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from treelora.errors import TreeLoRAError
+from treelora.errors import LostError, TreeLoRAError
 from treelora_platform.checkpoint import newest_name
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.guardian import start_guardian
@@ -161,8 +161,9 @@ def causes(error: BaseException) -> dict[int, BaseException]:
 
 
 def ours(error: BaseException) -> TreeLoRAError | None:
-    """Our own error behind a failure, if it is one: the same again after a restart."""
-    return next((cause for cause in causes(error).values() if isinstance(cause, TreeLoRAError)), None)
+    """Our own error behind a failure, if it is one that would come again after a restart."""
+    mistakes = (c for c in causes(error).values() if isinstance(c, TreeLoRAError) and not isinstance(c, LostError))
+    return next(mistakes, None)
 
 
 def explain(error: BaseException) -> str:

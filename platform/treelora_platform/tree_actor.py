@@ -14,7 +14,7 @@ import numpy as np
 import ray
 from torch import Tensor
 
-from treelora.errors import TreeLoRAError
+from treelora.errors import LostError
 from treelora.local_memory import pack_state, unpack_state
 from treelora.memory import MemoryConfig, Selection, StepCall, TaskMemory
 
@@ -53,7 +53,7 @@ class TreeKeeper:
 
     def _opened(self) -> TaskMemory:
         if self.memory is None:
-            raise TreeLoRAError("the tree actor has started again and holds no memory; the workers bring it back")
+            raise LostError("the tree actor has started again and holds no memory; the workers bring it back")
         return self.memory
 
 
@@ -81,7 +81,7 @@ class TreeClient:
     """`treelora.methods.Memory` on the tree actor.
 
     Raises:
-        TreeLoRAError: the actor didn't answer within `timeout_s`, or is gone.
+        LostError: the actor didn't answer within `timeout_s`, or is gone.
     """
 
     def __init__(self, name: str, config: MemoryConfig, run: str, timeout_s: float = CALL_TIMEOUT_S):
@@ -130,6 +130,6 @@ class TreeClient:
         try:
             return ray.get(answer, timeout=self.timeout_s)
         except ray.exceptions.GetTimeoutError:
-            raise TreeLoRAError(f"actor {self.name}: no answer to {what} within {self.timeout_s:.0f} s") from None
+            raise LostError(f"actor {self.name}: no answer to {what} within {self.timeout_s:.0f} s") from None
         except ray.exceptions.RayActorError as error:
-            raise TreeLoRAError(f"actor {self.name} died during {what} ({type(error).__name__})") from error
+            raise LostError(f"actor {self.name} died during {what} ({type(error).__name__})") from error
