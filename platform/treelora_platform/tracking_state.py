@@ -25,7 +25,7 @@ PARAMETERS = (
     *("evaluation", "checkpoint", "cluster"),
 )
 _FREE_FORM = "stream.options"
-_SECRET = re.compile(r"key|token|password|secret", re.IGNORECASE)
+_SECRET = re.compile(r"key|token(?!s$)|password|secret", re.IGNORECASE)  # `max_new_tokens` counts
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 HIDDEN = "***"
 

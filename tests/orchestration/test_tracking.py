@@ -118,6 +118,7 @@ def test_a_whole_run_in_sqlite(tmp_path, database):
         "output_dir": "a path",
         "tracking.uri": "http://u:p@h",
         "model.hub_token": "secret",
+        "evaluation.max_new_tokens": 64,
         "cluster.password": "secret",
     }
     tags = {"team": "a", "api_key": "k"}
@@ -138,6 +139,7 @@ def test_a_whole_run_in_sqlite(tmp_path, database):
     assert stored.info.status == "FINISHED"
     assert stored.info.run_name == "first"
     assert stored.data.params == {
+        "evaluation.max_new_tokens": "64",
         "method": "treelora",
         "lora.rank": "8",
         "lora.target_modules": '["q_proj"]',
