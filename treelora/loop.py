@@ -219,9 +219,10 @@ class StreamLoop:
     def _judge(self, unit: Unit, train_seconds: float) -> None:
         index = self.position.unit
         begin = time.perf_counter()
-        for task, split in zip(unit.tasks, unit.splits, strict=True):
-            self.hooks.stage(index, unit.name, "teaching the router")
-            self.evaluator.learn_task(self.evaluator.tests[task].task.name, split)
+        if self.method.trains and not self.method.joint:  # else there is one adapter at most, and nothing to choose
+            for task, split in zip(unit.tasks, unit.splits, strict=True):
+                self.hooks.stage(index, unit.name, "teaching the router")
+                self.evaluator.learn_task(self.evaluator.tests[task].task.name, split)
         seen = [task for done in self.units[: index + 1] for task in done.tasks]
         scores = self.evaluator.score(
             seen,

@@ -101,7 +101,9 @@ def take_up(loop: StreamLoop, run_dir: Path, recorder: Recorder | None) -> None:
     Raises:
         CheckpointError: there are commits, but none that can be used.
     """
-    commit, troubles = newest_commit(run_dir)
+    found: tuple[Commit | None, list[str]] = newest_commit(run_dir) if loop.engine.rank == 0 else (None, [])
+    # rank 0 decides for all: another rank that looks a moment later may see the first commit of this very attempt
+    commit, troubles = loop.engine.broadcast(found)
     if commit:
         restore(loop, commit, run_dir)
     if not recorder:
