@@ -306,3 +306,14 @@ def test_what_cannot_be_run_is_refused_in_one_line(case: str, tmp_path: Path) ->
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "runs" / "tiny").exists()
+
+
+def test_a_frozen_model_is_scored_by_two_workers(console: Console, tmp_path: Path) -> None:
+    """Nothing is trained between start and first commit: a rank may look for a commit when another has made one."""
+    config = config_in(tmp_path, name="frozen", method="frozen", evaluation={"in_context_examples": 2})
+    run_dir = run_experiment(config, console).run_dir
+    scores = read_scores(run_dir).to_pylist()
+    assert [score["task"] for score in scores] == list(TASKS)
+    assert {(score["mode"], score["after_index"]) for score in scores} == {("last", len(TASKS) - 1)}
+    assert read_steps(run_dir).num_rows == 0
+    assert not adapters(run_dir)
