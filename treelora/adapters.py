@@ -6,7 +6,6 @@ Shapes: r rank, N tasks, A [r, in], B [out, r].
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -157,11 +156,6 @@ def load_adapter(folder: Path) -> AdapterState:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: no readable adapter ({error})") from None
-
-
-def peft_config_json(model: Any) -> str:
-    """The adapter's peft configuration as JSON, to compare two runs' adapters."""
-    return json.dumps(model.peft_config[ADAPTER].to_dict(), sort_keys=True, default=str)
 
 
 def _stable_hash(text: str) -> int:
