@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +95,7 @@ class Unit:
 
     def micro_batches(self, step: int, rank: int, world: int, device: torch.device) -> list[Batch]:
         """A worker's micro-batches of a step (from 0)."""
-        deal = self.plan.micro_batches(step, rank, world, self.accumulation, lengths=self._gather("lengths"))
+        deal = self.plan.micro_batches(step, rank, world, self.accumulation, lengths=self._lengths)
         batches = []
         for rows in deal:
             batch = collate([self._pair(int(row)) for row in rows], self.pad_id)
@@ -106,14 +107,19 @@ class Unit:
 
     def normaliser(self, step: int, world: int) -> float:
         """Answer tokens of the global batch a worker, so that the mean over workers is the mean over tokens."""
-        return self.plan.answer_tokens(step, self._gather("answer_lengths")) / world
+        return self.plan.answer_tokens(step, self._answer_lengths) / world
 
     def tokens(self, step: int) -> int:
         """Tokens of the global batch, padding left out."""
-        return int(self._gather("lengths")[self.plan.rows(step)].sum())
+        return int(self._lengths[self.plan.rows(step)].sum())
 
-    def _gather(self, field: str) -> Indices:
-        return np.concatenate([getattr(split.rows, field)[split.chosen] for split in self.splits])
+    @cached_property
+    def _lengths(self) -> Indices:
+        return np.concatenate([split.rows.lengths[split.chosen] for split in self.splits])
+
+    @cached_property
+    def _answer_lengths(self) -> Indices:
+        return np.concatenate([split.rows.answer_lengths[split.chosen] for split in self.splits])
 
     def _pair(self, row: int) -> tuple[npt.ArrayLike, npt.ArrayLike]:
         for split in self.splits:

@@ -121,12 +121,13 @@ class TreeLoRA(Method):
 
     def after_backward(self, engine: Engine) -> None:
         """See `Method`."""
-        self._before = {name: tensor.clone() for name, tensor in engine.adapter_tensors().items()}
         gradients = self.source.after_backward(engine) if self.source.reads_gradients else None
         if not self.past_NLK.shape[0] or not self.source.seen_finite:
             return  # where they aren't finite the engine won't step, and `step_skipped` follows
         if not self.source.known_before_step:
             self._observe(self.source.of_step(self._step))
+        if self.options.penalty == "prox":
+            self._before = {name: tensor.clone() for name, tensor in engine.adapter_tensors().items()}
         if self.options.penalty in ("soft", "sign"):
             self._pull_gradients(gradients or engine.adapter_gradients())
 
