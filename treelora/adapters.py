@@ -98,18 +98,26 @@ def layer_names(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(layer_of(name) for name in names))
 
 
-def mean_adapter(states: Sequence[Mapping[str, Tensor]]) -> AdapterState:
-    """The rank-r adapter nearest to the mean of the updates B_i A_i, by QR and a small SVD.
+def mean_adapter(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> AdapterState:
+    """The rank-r adapter nearest to the (weighted) mean of the updates B_i A_i, by QR and a small SVD.
 
-    The mean has rank N r. With Q_b R_b = [B_1 .. B_N] / N and Q_a R_a = [A_1; ..; A_N]^T, the singular values of the
-    mean are those of the (N r, N r) matrix R_b R_a^T, so no (out, in) matrix is ever formed. Truncation to r keeps the
-    best Frobenius approximation (Eckart and Young, 1936).
+    The mean has rank N r. With shares p_i that add up to 1, Q_b R_b = [p_1 B_1 .. p_N B_N] and
+    Q_a R_a = [A_1; ..; A_N]^T, the singular values of the mean are those of the (N r, N r) matrix R_b R_a^T, so no
+    (out, in) matrix is ever formed. Truncation to r keeps the best Frobenius approximation (Eckart and Young, 1936).
+
+    Args:
+        states: The adapters.
+        weights: Positive, one each; None: equal.
 
     Raises:
-        ValueError: no state is given, or their tensors differ in name or shape.
+        ValueError: no state is given, weights don't fit, or tensors differ in name or shape.
     """
     if not states:
         raise ValueError("mean of no adapters")
+    shares = torch.tensor([1.0] * len(states) if weights is None else list(weights), dtype=torch.float64)
+    if len(shares) != len(states) or not (shares > 0).all():
+        raise ValueError(f"weights {weights}: {len(states)} adapters need as many positive numbers")
+    shares /= shares.sum()
     if len(states) == 1:
         return {name: tensor.clone() for name, tensor in states[0].items()}
     merged: AdapterState = {}
@@ -117,13 +125,33 @@ def mean_adapter(states: Sequence[Mapping[str, Tensor]]) -> AdapterState:
         name_a, name_b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
         rank = states[0][name_a].shape[0]
         a_T = torch.cat([state[name_a] for state in states]).T
-        b = torch.cat([state[name_b] for state in states], dim=1) / len(states)
+        b = torch.cat([float(p) * state[name_b] for p, state in zip(shares, states, strict=True)], dim=1)
         (q_a, r_a), (q_b, r_b) = torch.linalg.qr(a_T), torch.linalg.qr(b)
         u, s, v_T = torch.linalg.svd(r_b @ r_a.T)
         root = s[:rank].sqrt()
         merged[name_a] = (root[:, None] * (v_T[:rank] @ q_a.T)).contiguous()
         merged[name_b] = ((q_b @ u[:, :rank]) * root).contiguous()
     return merged
+
+
+def grown(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> AdapterState:
+    """The adapter with zeros added up to larger ranks; its update stays what it was.
+
+    Raises:
+        CheckpointError: a tensor is missing, or is larger than its shape, or differs in more than the rank.
+    """
+    result: AdapterState = {}
+    for name, shape in shapes.items():
+        tensor = state.get(name)
+        room = [] if tensor is None else [new - old for new, old in zip(shape, tensor.shape, strict=True)]
+        rank_axis = 0 if ".lora_A." in name else 1
+        if tensor is None or min(room) < 0 or room[1 - rank_axis]:
+            found = "nothing" if tensor is None else list(tensor.shape)
+            raise CheckpointError(f"adapter tensor {name}: found {found}, this run needs {list(shape)}")
+        result[name] = tensor if tensor.shape == shape else torch.zeros(shape, dtype=tensor.dtype)
+        if result[name] is not tensor:
+            result[name][: tensor.shape[0], : tensor.shape[1]] = tensor
+    return result
 
 
 def save_adapter(state: Mapping[str, Tensor], peft_config: Any, folder: Path) -> None:

@@ -19,13 +19,14 @@ from treelora.tree import SignatureTree
 
 Search = Literal["tree_lcb", "flat_lcb", "full", "random"]
 Bound = Literal["smooth", "literal"]
+Noise = Literal["diameter", "pooled"]
 
 
 class TreeBandit:
     """One bandit a layer on one shared tree; every array operation runs over all layers.
 
     Each step pulls one task k per layer, whose loss is the residual xi_k. With mu and n the mean loss and the
-    count of pulls of a node (or below it), T the horizon and e(n) = c * sqrt(log T / n):
+    count of pulls of a node (or below it), T the horizon and e(n) = c * sigma * sqrt(log T / n):
 
     - leaf: LCB = mu - e(n)
     - inner node, bound="smooth" (Coquelin and Munos 2007, in losses):
@@ -43,6 +44,11 @@ class TreeBandit:
     replay; a running scale would change all bounds at each step. (An offset common to all arms changes no
     choice.)
 
+    noise: "diameter" leaves sigma = 1, one scale; "pooled" makes it the losses' standard deviation around their
+    own task's mean, pooled over tasks: sigma^2 = (1 + S) / (1 + F) with S the sum of squares and F the degrees of
+    freedom, hence 1 at the start. It is taken anew when the number of observations has doubled (from 8 on), so that
+    refreshing all bounds costs O(N L log T) a task and nothing at most steps.
+
     search: "tree_lcb" walks from the root to the child with the lowest LCB; "flat_lcb" takes the leaf with
     the lowest LCB; "full" is told all N losses and takes the lowest mean; "random" draws uniformly from a
     generator keyed by (seed, task, step).
@@ -57,20 +63,20 @@ class TreeBandit:
         *,
         search: Search = "tree_lcb",
         bound: Bound = "smooth",
+        noise: Noise = "diameter",
         seed: int = 0,
         task: str = "",
         scale: np.ndarray | None = None,
     ) -> None:
-        if search not in get_args(Search):
-            raise ConfigError(f"search = {search!r}: choose one of {', '.join(get_args(Search))}")
-        if bound not in get_args(Bound):
-            raise ConfigError(f"bound = {bound!r}: choose one of {', '.join(get_args(Bound))}")
+        for axis, value, choices in (("search", search, Search), ("bound", bound, Bound), ("noise", noise, Noise)):
+            if value not in get_args(choices):
+                raise ConfigError(f"{axis} = {value!r}: choose one of {', '.join(get_args(choices))}")
         if not (math.isfinite(c) and c >= 0) or horizon < 1:
             raise ConfigError(f"exploration = {c}, horizon = {horizon}: need a finite c >= 0 and at least one step")
         if layers != tree.layers:
             raise ConfigError(f"layers = {layers}, but the tree knows {tree.layers} layers")
         self.tree, self.layers, self.c, self.horizon = tree, layers, c, horizon
-        self.search, self.bound, self.seed = search, bound, seed
+        self.search, self.bound, self.noise, self.seed = search, bound, noise, seed
         self._stream = int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "little")
         root_delta_L = tree.delta[0]
         self.scale = np.where(root_delta_L > 1e-6, root_delta_L, 1.0) if scale is None else np.array(scale, float)
@@ -80,6 +86,9 @@ class TreeBandit:
         nodes = tree.nodes
         self.counts = np.zeros((layers, nodes + 1), dtype=np.int64)
         self.sums = np.zeros((layers, nodes + 1))
+        self.squares = np.zeros((layers, tree.tasks))
+        """Sums of squared losses of each task; kept for noise "pooled" only."""
+        self.sigma = np.ones(layers)
         self.bounds = np.full((layers, nodes + 1), -np.inf)
         # own = mu - e(n) of each node, kept because the literal bound reads it at siblings.
         self._own = np.full((layers, nodes + 1), -np.inf)
@@ -125,13 +134,18 @@ class TreeBandit:
         if ((arms < 0) | (arms >= self.tasks)).any():
             raise DataError(f"arms {arms.tolist()}: must lie in 0..{self.tasks - 1}")
         _check_losses(losses, layer_axis=0)
+        if self.noise == "pooled":
+            self.squares[self._rows, arms] += (losses / self.scale) ** 2
         rows, path_LP = self._rows[:, None], self._paths[arms]
         # A path's nodes are distinct but for the padding, whose column is never read.
         self.counts[rows, path_LP] += 1
         self.sums[rows, path_LP] += (losses / self.scale)[:, None]
         count_LP = self.counts[rows, path_LP]
-        own_LP = self.sums[rows, path_LP] / count_LP - self.c * np.sqrt(self._log_horizon / count_LP)
+        own_LP = self.sums[rows, path_LP] / count_LP - self._explore(count_LP)
         self._own[rows, path_LP] = own_LP
+        if self._renew_sigma():
+            self._refresh()
+            return
         if path_LP.shape[1] == 1:
             self.bounds[rows, path_LP] = own_LP
             return
@@ -156,6 +170,8 @@ class TreeBandit:
         if losses.shape != (self.tasks, self.layers):
             raise DataError(f"losses {losses.shape}: the search 'full' needs [{self.tasks}, {self.layers}]")
         _check_losses(losses, layer_axis=1)
+        if self.noise == "pooled":
+            self.squares += (losses / self.scale).T ** 2
         self.sums[:, self.tree.leaf] += (losses / self.scale).T
         self.counts[:, self.tree.leaf] += 1
         inner = np.flatnonzero(self.tree.left >= 0)
@@ -163,6 +179,7 @@ class TreeBandit:
             children = [self.tree.left[node], self.tree.right[node]]
             self.counts[:, node] = self.counts[:, children].sum(axis=1)
             self.sums[:, node] = self.sums[:, children].sum(axis=1)
+        self._renew_sigma()
         self._refresh()
 
     def lcb(self, arms: np.ndarray) -> np.ndarray:
@@ -185,14 +202,17 @@ class TreeBandit:
             seen = count_LN[layer] > 0
             if seen.sum() >= 2:
                 mean = sum_LN[layer, seen] / count_LN[layer, seen]
-                explore = float((self.c * np.sqrt(self._log_horizon / count_LN[layer, seen])).mean())
+                explore = float((self._explore(count_LN)[layer, seen]).mean())
                 spread = float(np.ptp(mean))
                 ratios[layer] = explore / spread if spread > 0 else np.inf
         return ratios
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything that changes; the tree and the settings are the caller's to keep."""
-        return {"counts": self.counts[:, :-1].copy(), "sums": self.sums[:, :-1].copy()}
+        state = {"counts": self.counts[:, :-1].copy(), "sums": self.sums[:, :-1].copy()}
+        if self.noise == "pooled":
+            state |= {"squares": self.squares.copy(), "sigma": self.sigma.copy()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue bit for bit where `state_dict` was taken. Raises: CheckpointError where it doesn't fit."""
@@ -204,7 +224,29 @@ class TreeBandit:
         if not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any() or not np.isfinite(sums).all():
             raise CheckpointError("bandit state: counts must be whole and not negative, sums finite")
         self.counts[:, :-1], self.sums[:, :-1] = counts, sums
+        if self.noise == "pooled":
+            squares, sigma, shape_LN = state.get("squares"), state.get("sigma"), self.squares.shape
+            if squares is None or sigma is None or squares.shape != shape_LN or sigma.shape != self.sigma.shape:
+                raise CheckpointError("bandit state: squares and sigma, which noise 'pooled' needs, are missing")
+            self.squares, self.sigma = np.array(squares, float), np.array(sigma, float)
         self._refresh()
+
+    def _explore(self, count: np.ndarray) -> np.ndarray:
+        """e(n) for counts [L, ...]; counts of 0 give what 1 would."""
+        sigma = self.sigma.reshape(-1, *[1] * (count.ndim - 1))
+        explore: np.ndarray = self.c * sigma * np.sqrt(self._log_horizon / np.maximum(count, 1))
+        return explore
+
+    def _renew_sigma(self) -> bool:
+        """Whether sigma is due, as the number of steps, the same in all layers, has doubled; then take it anew."""
+        steps = int(self.counts[0, 0]) // (self.tasks if self.search == "full" else 1)
+        if self.noise != "pooled" or steps < 8 or steps & (steps - 1):
+            return False
+        count_LN, sum_LN = self.counts[:, self.tree.leaf], self.sums[:, self.tree.leaf]
+        spread_LN = self.squares - sum_LN**2 / np.maximum(count_LN, 1)
+        freedom_L = np.maximum(count_LN - 1, 0).sum(axis=1)
+        self.sigma = np.sqrt((1 + spread_LN.clip(min=0).sum(axis=1)) / (1 + freedom_L))
+        return True
 
     def _point(self, rows: np.ndarray, inner: np.ndarray) -> None:
         """Let inner nodes (node M among them: padding) point at their child with the lowest bound."""
@@ -216,7 +258,7 @@ class TreeBandit:
         """All bounds from counts and sums; the same arithmetic as `observe`, so the same bits."""
         count, seen = self.counts[:, :-1], self.counts[:, :-1] > 0
         divisor = np.maximum(count, 1)
-        own = self.sums[:, :-1] / divisor - self.c * np.sqrt(self._log_horizon / divisor)
+        own = self.sums[:, :-1] / divisor - self._explore(divisor)
         self._own[:, :-1] = np.where(seen, own, -np.inf)
         self.bounds[:] = self._own
         inner = np.flatnonzero(self.tree.left >= 0)

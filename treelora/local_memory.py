@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treelora.memory import MemoryConfig, StepCall, TaskMemory
+from treelora.memory import MemoryConfig, Past, StepCall, TaskMemory
+from treelora.memory_records import Groups
 
 
 class LocalMemory:
@@ -20,7 +21,7 @@ class LocalMemory:
         self._task = ""
         self._answer: tuple[np.ndarray, np.ndarray] | None = None
 
-    def begin_task(self, task: str, horizon: int) -> np.ndarray:
+    def begin_task(self, task: str, horizon: int) -> Past:
         """See `Memory`."""
         self._task = task
         return self.memory.begin_task(task, horizon)
@@ -35,9 +36,9 @@ class LocalMemory:
         assert self._answer is not None, "collect without submit"
         return self._answer
 
-    def end_task(self, task: str, sketch: np.ndarray) -> None:
+    def end_task(self, task: str, sketch: np.ndarray, mass: float) -> Groups:
         """See `Memory`."""
-        self.memory.end_task(task, sketch)
+        return self.memory.end_task(task, sketch, mass)
 
     def describe(self) -> dict[str, Any]:
         """See `Memory`."""

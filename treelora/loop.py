@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from treelora.adapters import AdapterState
+from treelora.data.batches import Batch, collate
 from treelora.engine import Engine, read_adapter
 from treelora.errors import TreeLoRAError
 from treelora.evaluation.evaluator import Evaluator
 from treelora.evaluation.matrix import Score
 from treelora.methods.base import Method, TaskContext
-from treelora.models.causal import answer_loss
 from treelora.schedule import learning_rate
-from treelora.training_data import Unit
+from treelora.training_data import Unit, on_device
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Position:
     global_step: int = 0
     train_seconds: float = 0.0
     """Spent on training this unit so far."""
+    passes: int = 0
+    """Forward passes of training this unit so far."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,10 @@ class StepRecord:
     tokens: int
     rows: int
     peak_memory_mb: float
+    penalty_loss: float | None = None
+    """The penalty's value, in the units of the loss; not part of `loss`."""
     penalty_ratio: float | None = None
+    """What the penalty did over what the loss did: norms of gradients, or of changes of the adapter."""
     sparsity: float | None = None
     lcb_mean: float | None = None
     observation_mean: float | None = None
@@ -88,7 +94,12 @@ class TaskRecord:
     train_seconds: float
     eval_seconds: float
     tokens: int
+    passes: int
+    """Forward passes on micro-batches of one worker while training; plain training needs one a micro-batch."""
     adapter_bytes: int
+    """Of all tasks' adapters, what several share counted once."""
+    state_bytes: int
+    """What the method keeps beside them."""
     router_accuracy: float | None
 
 
@@ -134,7 +145,7 @@ class StreamLoop:
                 if self.method.trains:
                     self._train(unit)
                 self._commit(replace(self.position, step=unit.plan.steps, trained=True))
-            self._judge(unit, self.position.train_seconds)
+            self._judge(unit)
             self._commit(Position(unit=self.position.unit + 1, global_step=self.position.global_step))
 
     def _train(self, unit: Unit) -> None:
@@ -147,8 +158,11 @@ class StreamLoop:
             steps=unit.plan.steps,
             micro_batches=lambda step: unit.micro_batches(step, engine.rank, engine.world_size, engine.device),
             normaliser=lambda step: unit.normaliser(step, engine.world_size),
+            sizes=tuple(earlier.plan.n_rows for earlier in self.units[: index + 1]),
+            fetch=self._fetch,
         )
         engine.module.train()
+        passes = _Passes(engine.module, self.position.passes)
         self._seed(index, start)
         if start:
             method.resume_task(context, engine, self.bank)
@@ -165,15 +179,16 @@ class StreamLoop:
                     f"task {unit.name!r}, step {step}: loss {record.loss}, gradient norm {record.grad_norm}; not "
                     f"finite for {bad} steps in a row. The last commit is intact; lower train.learning_rate"
                 )
-            self.position = Position(
-                index, step, False, self.position.global_step + 1, train_seconds=time.perf_counter() - begin
-            )
+            seconds = time.perf_counter() - begin
+            self.position = Position(index, step, False, self.position.global_step + 1, seconds, passes.count)
             self.hooks.stepped(record, unit.plan.steps)
             every = self.options.commit_every
             if every and step % every == 0 and step < unit.plan.steps:
                 self._commit(self.position)
         method.end_task(engine)
         self.bank.append(read_adapter(engine))
+        method.merge_bank(self.bank)
+        self.position = replace(self.position, passes=passes.stop())
 
     def _step(self, task: TaskContext, unit: Unit, step: int) -> StepRecord:
         engine, method, options = self.engine, self.method, self.options
@@ -184,9 +199,10 @@ class StreamLoop:
         batches, normaliser = task.micro_batches(step - 1), task.normaliser(step - 1)
         total = torch.zeros((), device=engine.device)
         for number, batch in enumerate(batches):
-            loss = answer_loss(engine.forward_model(), batch, normaliser)
-            engine.backward(loss, last=number == len(batches) - 1)
+            loss, last = method.loss(engine, batch, normaliser), number == len(batches) - 1
             total += loss.detach()
+            penalty = method.penalty_loss(engine) if last else None
+            engine.backward(loss if penalty is None else loss + penalty, last=last)
         value = float(engine.all_reduce(total, mean=True))
         norm: float = math.nan
         if math.isfinite(value):
@@ -216,7 +232,11 @@ class StreamLoop:
             step_seconds=time.perf_counter() - begin,
         )
 
-    def _judge(self, unit: Unit, train_seconds: float) -> None:
+    def _fetch(self, rows: Sequence[tuple[int, int]]) -> Batch:
+        pairs = [self.units[unit].pair(row) for unit, row in rows]
+        return on_device(collate(pairs, self.units[0].pad_id), self.engine.device)
+
+    def _judge(self, unit: Unit) -> None:
         index = self.position.unit
         begin = time.perf_counter()
         if self.method.trains and not self.method.joint:  # else there is one adapter at most, and nothing to choose
@@ -236,13 +256,20 @@ class StreamLoop:
             task=unit.name,
             task_index=index,
             steps=steps,
-            train_seconds=train_seconds,
+            train_seconds=self.position.train_seconds,
             eval_seconds=time.perf_counter() - begin,
             tokens=sum(unit.tokens(step) for step in range(steps)),
-            adapter_bytes=sum(t.numel() * t.element_size() for t in self.bank[-1].values()) if self.bank else 0,
+            passes=self.position.passes,
+            adapter_bytes=self._bank_bytes(),
+            state_bytes=_bytes(self.method.state_dict()) if self.method.trains else 0,
             router_accuracy=self.evaluator.router_accuracy(seen) if len(self.bank) == len(seen) else None,
         )
         self.hooks.scored(scores, record)
+
+    def _bank_bytes(self) -> int:
+        distinct = {id(state): state for state in self.bank}
+        kept = self.bank[-1:] if self.method.accumulates else distinct.values()  # the last one holds all others
+        return sum(_bytes(state) for state in kept)
 
     def _commit(self, position: Position) -> None:
         self.position = position
@@ -259,3 +286,22 @@ def peak_memory_mb(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+class _Passes:
+    """Counts the forward passes of a model, of whatever purpose."""
+
+    def __init__(self, module: nn.Module, count: int):
+        self.count = count
+        self._handle = module.register_forward_pre_hook(self._one)
+
+    def _one(self, module: nn.Module, inputs: object) -> None:
+        self.count += 1
+
+    def stop(self) -> int:
+        self._handle.remove()
+        return self.count
+
+
+def _bytes(state: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())

@@ -1,7 +1,7 @@
 """What TreeLoRA remembers of past tasks: sketches, tree and bandit as one state machine.
 
-Shapes: L layers, K sketch numbers a layer, N past tasks. Pure numpy: no processes, files or clocks, so the
-same calls give the same answers to the bit, on one machine or behind an actor.
+Shapes: L layers, K sketch numbers a layer, N arms (see `treelora.arms`). Pure numpy: no processes, files or clocks, so
+the same calls give the same answers to the bit, on one machine or behind an actor.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from treelora import tree_build
+from treelora.arms import Arms, checked_sketch
 from treelora.bandit import TreeBandit
 from treelora.errors import CheckpointError, ConfigError, DataError
-from treelora.memory_records import MemoryConfig, ProtocolError, Selection, StepCall
-from treelora.sketch import layer_distances
+from treelora.memory_records import Groups, MemoryConfig, Past, ProtocolError, Selection, StepCall
 from treelora.tree import SignatureTree
 
-FORMAT = 1
-NORM_TOLERANCE = 1e-2
+FORMAT = 2
 
-__all__ = ["MemoryConfig", "ProtocolError", "Selection", "StepCall", "TaskMemory"]
+__all__ = ["MemoryConfig", "Past", "ProtocolError", "Selection", "StepCall", "TaskMemory"]
 
 
 class TaskMemory:
@@ -37,18 +35,22 @@ class TaskMemory:
     def __init__(self, config: MemoryConfig) -> None:
         self.config = config
         self.tasks: list[str] = []
-        self.tree: SignatureTree | None = None
+        self.arms = Arms(config)
         self.bandit: TreeBandit | None = None
-        self._sketches_NLK = np.zeros((0, config.layers, config.sketch_size), dtype=np.float32)
-        # Kept while N <= rebuild_limit; a derived value, not part of the state.
-        self._distances_LNN = np.zeros((config.layers, 0, 0))
+        # The last task's sketch as it was told: a repeated `end_task` must tell the same.
+        self._recorded_LK = np.zeros((config.layers, config.sketch_size), dtype=np.float32)
         self._run: str | None = None
         self._task: str | None = None
         self._horizon = 0
         self._last: Selection | None = None
 
-    def begin_task(self, task: str, horizon: int) -> np.ndarray:
-        """Open a task of at most about `horizon` steps (T of the LCB); the past tasks' sketches [N, L, K].
+    @property
+    def tree(self) -> SignatureTree | None:
+        """The tree over the arms; None before the first task has ended."""
+        return self.arms.tree
+
+    def begin_task(self, task: str, horizon: int) -> Past:
+        """Open a task of at most about `horizon` steps (T of the LCB).
 
         Raises: ProtocolError where another task is open or this one is already learnt.
         """
@@ -63,7 +65,7 @@ class TaskMemory:
                 f"begin_task({task!r}, {horizon}): expected end_task({self._task!r}), which is open "
                 f"with horizon {self._horizon}"
             )
-        return self._sketches_NLK.copy()
+        return Past(self.arms.sketches_NLK.copy(), self.arms.groups, self.tree)
 
     def step(self, call: StepCall) -> Selection:
         """The arms of call.step. Raises: ProtocolError (run, task or step), DataError (bad observation)."""
@@ -87,30 +89,35 @@ class TaskMemory:
         self._run, self._last = call.run, _frozen_selection(call.task, call.step, arms, lcb)
         return self._last
 
-    def end_task(self, task: str, sketch: np.ndarray) -> None:
-        """Record the task's normalised sketch [L, K] and grow the tree.
+    def end_task(self, task: str, sketch: np.ndarray, mass: float = 1.0) -> Groups:
+        """Record the task's normalised sketch [L, K] and grow the tree; the two closest arms are merged if need be.
+
+        mass: the rows that the sketch stands for, its weight in merging. Returns the groups as they are now.
 
         Raises: DataError naming task and layer for NaN, a wrong shape or a layer that isn't normalised;
         ProtocolError where the task isn't open, or was recorded with another sketch.
         """
-        sketch_LK = self._checked_sketch(task, sketch)
+        sketch_LK = checked_sketch(self.config, task, sketch)
+        if not (np.isfinite(mass) and mass > 0):
+            raise DataError(f"task {task!r}: mass = {mass}; it counts rows, so it must be positive")
         if self._task is None and self.tasks and task == self.tasks[-1]:
-            if not np.array_equal(sketch_LK, self._sketches_NLK[-1]):
+            if not np.array_equal(sketch_LK, self._recorded_LK):
                 raise ProtocolError(f"end_task({task!r}): already recorded, with another sketch")
-            return
+            return self.arms.groups
         if task != self._task:
             expected = f"end_task({self._task!r})" if self._task else f"begin_task({task!r})"
             raise ProtocolError(f"end_task({task!r}): expected {expected}")
-        self._sketches_NLK = np.concatenate([self._sketches_NLK, sketch_LK[None]])
         self.tasks.append(task)
-        self._grow()
+        self._recorded_LK = sketch_LK
+        self.arms.add_task(len(self.tasks) - 1, sketch_LK, mass)
         self._task, self._horizon, self._last, self.bandit = None, 0, None, None
+        return self.arms.groups
 
     def describe(self) -> dict[str, Any]:
         """For logs and reports: JSON values only (None: an untried leaf's LCB)."""
         bandit = self.bandit
         described: dict[str, Any] = {
-            "tasks": list(self.tasks),
+            "tasks": self.arms.labels(self.tasks),
             "tree": json.loads(self.tree.to_json()) if self.tree else None,
             "run": self._run,
             "task": self._task,
@@ -136,7 +143,7 @@ class TaskMemory:
             "format": FORMAT,
             "config": asdict(self.config),
             "tasks": self.tasks,
-            "tree": self.tree.to_json() if self.tree else None,
+            **self.arms.record(),
             "run": self._run,
             "task": self._task,
             "horizon": self._horizon,
@@ -144,7 +151,8 @@ class TaskMemory:
         }
         state: dict[str, np.ndarray | str] = {
             "memory": json.dumps(record),
-            "sketches": self._sketches_NLK.copy(),
+            "recorded": self._recorded_LK.copy(),
+            **self.arms.state_dict(),
         }
         if last is not None:
             state |= {"arms": last.arms.copy(), "lcb": last.lcb.copy()}
@@ -183,6 +191,7 @@ class TaskMemory:
                 horizon,
                 search=config.search,
                 bound=config.bound,
+                noise=config.noise,
                 seed=config.seed,
                 task=task,
             )
@@ -201,65 +210,28 @@ class TaskMemory:
         except DataError as error:
             raise DataError(f"task {call.task!r}, observation of step {call.step - 1}: {error}") from None
 
-    def _grow(self) -> None:
-        tasks = len(self.tasks)
-        if self.tree is not None and tasks > self.config.rebuild_limit:
-            self._distances_LNN = np.zeros((self.config.layers, 0, 0))
-            self.tree = self.tree.insert(self._sketches_NLK)
-            return
-        if self._distances_LNN.shape[1] == tasks - 1:
-            row_LN = layer_distances(self._sketches_NLK[-1], self._sketches_NLK).T
-            grown = np.zeros((self.config.layers, tasks, tasks))
-            grown[:, :-1, :-1] = self._distances_LNN
-            grown[:, -1, :] = grown[:, :, -1] = row_LN
-            self._distances_LNN = grown
-        else:  # restored from a state, which doesn't carry them
-            self._distances_LNN = tree_build.pairwise_distances(self._sketches_NLK)
-        config = self.config
-        self.tree = SignatureTree.build(self._sketches_NLK, config.tree, config.blocks, self._distances_LNN)
-
-    def _checked_sketch(self, task: str, sketch: np.ndarray) -> np.ndarray:
-        sketch_LK = np.array(sketch, dtype=np.float32)
-        shape = (self.config.layers, self.config.sketch_size)
-        if sketch_LK.shape != shape:
-            raise DataError(f"task {task!r}: sketch has shape {sketch_LK.shape}, need {shape}")
-        bad = np.flatnonzero(~np.isfinite(sketch_LK).all(axis=1))
-        if len(bad):
-            raise DataError(f"task {task!r}, layer {bad[0]}: the sketch holds NaN or infinity; measure it again")
-        norm_L = np.linalg.norm(sketch_LK.astype(np.float64), axis=1)
-        bad = np.flatnonzero((norm_L > 0) & (np.abs(norm_L - 1) > NORM_TOLERANCE))
-        if len(bad):
-            raise DataError(
-                f"task {task!r}, layer {bad[0]}: the sketch has norm {norm_L[bad[0]]:.4g}, not 1 (or 0); "
-                "pass it through treelora.sketch.normalise"
-            )
-        return sketch_LK
-
     def _restore(self, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         tasks = record["tasks"]
         if not all(isinstance(task, str) for task in tasks) or len(set(tasks)) != len(tasks):
             raise CheckpointError(f"memory state: tasks {tasks} aren't distinct names")
-        shape = (len(tasks), self.config.layers, self.config.sketch_size)
-        if arrays["sketches"].shape != shape:
-            raise CheckpointError(f"memory state: sketches have shape {arrays['sketches'].shape}, need {shape}")
-        for name, sketch in zip(tasks, arrays["sketches"], strict=True):
-            self._checked_sketch(name, sketch)
-        self.tasks, self._sketches_NLK = list(tasks), arrays["sketches"].astype(np.float32)
-        if tasks:
-            self.tree = SignatureTree.from_json(record["tree"])
-            if (self.tree.tasks, self.tree.layers) != shape[:2]:
-                raise CheckpointError(f"memory state: the tree has {self.tree.tasks} tasks, the sketches {shape[0]}")
+        self.tasks, self.arms = list(tasks), Arms.restored(self.config, tasks, record, arrays)
+        self._recorded_LK = arrays["recorded"].astype(np.float32)
         self._run = record["run"]
         if record["task"] is None:
             return
         self._open(record["task"], record["horizon"])
         if self.bandit is not None:
-            self.bandit.load_state_dict({name: arrays[f"bandit.{name}"] for name in ("counts", "sums")})
+            own = {name.removeprefix("bandit."): a for name, a in arrays.items() if name.startswith("bandit.")}
+            self.bandit.load_state_dict(own)
         if record["step"]:
             arms, lcb = arrays["arms"].astype(np.int64), arrays["lcb"].astype(np.float32)
-            low, high = (0, len(tasks)) if tasks else (-1, 0)
-            if arms.shape != (shape[1],) or lcb.shape != arms.shape or not ((arms >= low) & (arms < high)).all():
-                raise CheckpointError(f"memory state: arms {arms.tolist()} don't fit {len(tasks)} past tasks")
+            low, high = (0, len(self.arms)) if tasks else (-1, 0)
+            if (
+                arms.shape != (self.config.layers,)
+                or lcb.shape != arms.shape
+                or not ((arms >= low) & (arms < high)).all()
+            ):
+                raise CheckpointError(f"memory state: arms {arms.tolist()} don't fit {len(self.arms)} arms")
             self._last = _frozen_selection(record["task"], record["step"], arms, lcb)
 
 

@@ -96,14 +96,7 @@ class Unit:
     def micro_batches(self, step: int, rank: int, world: int, device: torch.device) -> list[Batch]:
         """A worker's micro-batches of a step (from 0)."""
         deal = self.plan.micro_batches(step, rank, world, self.accumulation, lengths=self._lengths)
-        batches = []
-        for rows in deal:
-            batch = collate([self._pair(int(row)) for row in rows], self.pad_id)
-            tensors = {
-                name: v.to(device, non_blocking=True) for name, v in batch.items() if isinstance(v, torch.Tensor)
-            }
-            batches.append(Batch(answer_width=batch["answer_width"], **tensors))  # type: ignore[typeddict-item]
-        return batches
+        return [on_device(collate([self.pair(int(row)) for row in rows], self.pad_id), device) for rows in deal]
 
     def normaliser(self, step: int, world: int) -> float:
         """Answer tokens of the global batch a worker, so that the mean over workers is the mean over tokens."""
@@ -121,10 +114,17 @@ class Unit:
     def _answer_lengths(self) -> Indices:
         return np.concatenate([split.rows.answer_lengths[split.chosen] for split in self.splits])
 
-    def _pair(self, row: int) -> tuple[npt.ArrayLike, npt.ArrayLike]:
+    def pair(self, row: int) -> tuple[npt.ArrayLike, npt.ArrayLike]:
+        """Token ids of a row's prompt and answer; rows count through all splits."""
         for split in self.splits:
             if row < len(split):
                 index = int(split.chosen[row])
                 return split.rows.prompt_ids(index), split.rows.answer_ids(index)
             row -= len(split)
         raise IndexError(row)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    tensors = {name: v.to(device, non_blocking=True) for name, v in batch.items() if isinstance(v, torch.Tensor)}
+    return Batch(answer_width=batch["answer_width"], **tensors)  # type: ignore[typeddict-item]

@@ -86,6 +86,18 @@ class SignatureTree:
         below = self.task[node : node + 2 * int(self.size[node]) - 1]
         return below[below >= 0]
 
+    def home(self, distance_N: np.ndarray) -> int:
+        """The node that a newcomer belongs to, given its distances [N] to all tasks, in the units of delta.
+
+        The smallest one around the nearest task whose mean diameter over the layers is at least the distance to that
+        task: a node whose members are as far from each other as the newcomer is. The root where none is.
+        """
+        nearest = int(np.asarray(distance_N).argmin())
+        node, height_M = int(self.leaf[nearest]), self.delta.mean(axis=1)
+        while node and height_M[node] < distance_N[nearest]:
+            node = int(self.parent[node])
+        return node
+
     def paths(self) -> np.ndarray:
         """[N, depth + 1]: the nodes from each task's leaf up to the root, padded with M after the root."""
         paths = np.full((self.tasks, int(self.level.max()) + 1), self.nodes)
@@ -175,6 +187,26 @@ class SignatureTree:
         task[leaf] = -1
         delta = np.insert(delta, leaf + 1, np.zeros((2, self.layers)), axis=0)
         return SignatureTree(left, right, task, delta, self.kind, self.blocks)
+
+    def remove(self, task: int) -> SignatureTree:
+        """Without one task; later tasks move down by one.
+
+        The leaf's sibling takes their parent's place. The other nodes keep their diameters, which are upper bounds
+        from now on (a smaller diameter would take O(N^2)); the smooth-tree assumption still holds.
+        Raises: DataError where the task isn't there or is the only one.
+        """
+        if not 0 <= task < self.tasks or self.tasks == 1:
+            raise DataError(f"remove: task {task} of a tree of {self.tasks}; one task must stay")
+        leaf = int(self.leaf[task])
+        parent = int(self.parent[leaf])
+        sibling = int(self.left[parent] + self.right[parent]) - leaf
+        stay = np.ones(self.nodes, dtype=bool)
+        stay[[leaf, parent]] = False
+        place = np.cumsum(stay) - 1
+        place[parent] = place[sibling]
+        left, right = (np.where(side >= 0, place[side], -1)[stay] for side in (self.left, self.right))
+        tasks = self.task[stay]
+        return SignatureTree(left, right, tasks - (tasks > task), self.delta[stay], self.kind, self.blocks)
 
     def to_json(self) -> str:
         """One JSON object; floats survive exactly."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from treelora.adapters import LoraSpec, attach_lora, layer_names
 from treelora.data.batches import BatchPlan
 from treelora.data.task import Task
 from treelora.data.tokenize import PromptStyle, TokenizedRows, tokenize_split
 from treelora.engine import Engine, OptimizerSpec
+from treelora.errors import ConfigError
 from treelora.evaluation.evaluator import EvaluationOptions, Evaluator
 from treelora.loop import Hooks, LoopOptions, StreamLoop
 from treelora.memory import MemoryConfig
@@ -27,11 +28,12 @@ MakeEngine = Callable[[nn.Module, OptimizerSpec], Engine]
 MakeMemory = Callable[[MemoryConfig], Memory]
 
 
-def load_adapted_model(config: ExperimentConfig) -> Any:
-    """The frozen base model with its LoRA adapters."""
+def load_adapted_model(config: ExperimentConfig, tasks: int) -> Any:
+    """The frozen base model with its LoRA adapters, with room for all tasks where a method gives each its own rank."""
     model, lora = config.model, config.lora
+    times = tasks if METHODS[config.method].accumulates else 1
     spec = ModelSpec(model.name, model.dtype, model.gradient_checkpointing, model.random_weights, config.seed)
-    shape = LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.target_modules, lora.layers)
+    shape = LoraSpec(times * lora.rank, times * lora.alpha, lora.dropout, lora.target_modules, lora.layers)
     return attach_lora(load_model(spec), shape, config.seed)
 
 
@@ -55,7 +57,7 @@ def assemble(
         make_memory: Called on rank 0 only, by method `treelora`.
     """
     tokenizer = load_tokenizer(config.model.name)
-    engine = make_engine(load_adapted_model(config), optimizer_spec(config))
+    engine = make_engine(load_adapted_model(config, len(tasks)), optimizer_spec(config))
     if engine.rank != 0:
         engine.broadcast(None)  # rank 0 tokenises first, the others find its cache
     units, tests = build_data(config, tasks, tokenizer, cache)
@@ -88,36 +90,47 @@ def assemble(
     return StreamLoop(engine, _method(config, engine, make_memory), units, evaluator, options, hooks)
 
 
-def memory_config(config: ExperimentConfig, layers: int) -> MemoryConfig:
-    """The memory's settings."""
-    tree = config.treelora
+def memory_config(config: ExperimentConfig, engine: Engine) -> MemoryConfig:
+    """The memory's settings.
+
+    Raises:
+        ConfigError: the budget is less than one task needs.
+    """
+    options, tensors = config.treelora, engine.adapter_tensors()
+    layers = len(layer_names(list(tensors)))
     return MemoryConfig(
         layers=layers,
-        sketch_size=tree.sketch_size,
-        tree=tree.tree,
-        search=tree.search,
-        blocks=tree.blocks,
-        exploration=tree.exploration,
+        sketch_size=options.sketch_size,
+        tree=options.tree,
+        search=options.search,
+        blocks=options.blocks,
+        exploration=options.exploration,
+        bound=options.bound,
+        noise=options.noise,
+        max_arms=_arms_within(options, layers, tensors),
         seed=config.seed,
     )
+
+
+def _arms_within(options: TreeLoRAOptions, layers: int, tensors: Mapping[str, Tensor]) -> int | None:
+    """How many past tasks the budget has room for: an adapter, a sketch, and the full gradient of B where kept."""
+    if options.budget_mib is None:
+        return None
+    numbers = sum(tensor.numel() for tensor in tensors.values()) + layers * options.sketch_size
+    if options.signature == "gradient" and options.penalty in ("soft", "sign", "exact"):
+        numbers += sum(tensor.numel() for name, tensor in tensors.items() if ".lora_B." in name)
+    arms = int(options.budget_mib * 2**20 / (4 * numbers))
+    if arms < 1:
+        need = 4 * numbers / 2**20
+        raise ConfigError(f"treelora.budget_mib {options.budget_mib:g}: one task takes {need:.2f} MiB; raise it")
+    return arms
 
 
 def _method(config: ExperimentConfig, engine: Engine, make_memory: MakeMemory) -> Method:
-    if config.method != "treelora":
-        return METHODS[config.method]()
-    tree = config.treelora
-    layers = len(layer_names(list(engine.adapter_tensors())))
-    options = TreeLoRAOptions(
-        signature=tree.signature,
-        penalty=tree.penalty,
-        strength=tree.strength,
-        start=tree.start,
-        search=tree.search,
-        sketch_size=tree.sketch_size,
-        probe_batches=tree.probe_batches,
-        seed=config.seed,
-    )
-    return TreeLoRA(options, make_memory(memory_config(config, layers)) if engine.rank == 0 else None)
+    if config.method == "treelora":
+        memory = make_memory(memory_config(config, engine)) if engine.rank == 0 else None
+        return TreeLoRA(config.treelora, memory, config.seed)
+    return METHODS[config.method](getattr(config, config.method, None))
 
 
 def build_data(

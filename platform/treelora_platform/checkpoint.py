@@ -36,7 +36,7 @@ class Commit:
 
     position: Position
     adapters: tuple[str, ...] = ()
-    """Folders under `adapters/`, one for each unit trained so far."""
+    """Folders under `adapters/`, one for each unit trained so far; units may share one."""
     parts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
@@ -62,6 +62,7 @@ def write_commit(run_dir: Path, commit: Commit, keep: int) -> Path:
         manifest = {
             "format": FORMAT,
             "position": asdict(position),
+            "bank": list(commit.adapters),
             "adapters": {adapter: _sha256(_adapter_file(run_dir, adapter)) for adapter in commit.adapters},
             "files": {path.name: _sha256(path) for path in sorted(scratch.iterdir())},
         }
@@ -76,6 +77,7 @@ def write_commit(run_dir: Path, commit: Commit, keep: int) -> Path:
         raise CheckpointError(f"{folder}: the commit of step {position.global_step} failed: {error}") from error
     for old in list(_newest_first(run_dir))[keep:]:
         shutil.rmtree(old, ignore_errors=True)
+    _remove_unused_adapters(run_dir)
     return target
 
 
@@ -118,7 +120,10 @@ def read_commit(folder: Path) -> Commit:
                 if _sha256(found[name]) != digest:
                     raise CheckpointError(f"{found[name]}: differs from the checksum in {folder / MANIFEST}")
         parts = {part: load_file(paths[f"{part}.safetensors"]) for part in PARTS if f"{part}.safetensors" in paths}
-        return Commit(_position(manifest["position"]), tuple(adapters), parts)
+        bank = tuple(manifest.get("bank", adapters))
+        if set(bank) != set(adapters):
+            raise CheckpointError(f"{folder}: the bank {bank} isn't made of the adapters {tuple(adapters)}")
+        return Commit(_position(manifest["position"]), bank, parts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a whole commit ({type(error).__name__}: {error})") from error
 
@@ -131,7 +136,7 @@ def _plain_name(name: str) -> str:
 
 def _position(fields: Mapping[str, Any]) -> Position:
     position = Position(**fields)
-    counts = (position.unit, position.step, position.global_step)
+    counts = (position.unit, position.step, position.global_step, position.passes)
     if not all(type(count) is int and count >= 0 for count in counts) or type(position.trained) is not bool:
         raise ValueError(f"impossible position {dict(fields)}")
     return replace(position, train_seconds=float(position.train_seconds))
@@ -139,6 +144,19 @@ def _position(fields: Mapping[str, Any]) -> Position:
 
 def _adapter_file(run_dir: Path, adapter: str) -> Path:
     return run_dir / "adapters" / adapter / "adapter_model.safetensors"
+
+
+def _remove_unused_adapters(run_dir: Path) -> None:
+    """Delete the adapters that no commit builds on: those that were merged away under a budget."""
+    used: set[str] = set()
+    for folder in _newest_first(run_dir):
+        try:
+            used |= set(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["adapters"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # a damaged commit may still be mended: nothing is deleted
+    for adapter in (run_dir / "adapters").glob("[0-9]*"):
+        if adapter.name not in used:
+            shutil.rmtree(adapter, ignore_errors=True)
 
 
 def remove_scratch(run_dir: Path) -> None:

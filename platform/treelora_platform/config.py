@@ -13,24 +13,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from treelora.errors import ConfigError
+from treelora.methods import METHODS
+from treelora.methods.treelora_options import Inference, TreeLoRAOptions
+from treelora.options import Options
 
 Source = Literal["builtin", "parquet", "olora", "trace", "jsonl", "csv", "hf"]
 MethodName = Literal["treelora", "sequential", "frozen", "joint"]
 # What PyYAML raises: apart from its own errors, whatever a wrong date, number, tag or a deep nest makes Python raise.
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-InferenceMode = Literal["last", "merged", "routed"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-
-class StreamConfig(_Section):
+class StreamConfig(Options):
     """Which tasks arrive, in which order, and how many rows of each are used."""
 
     source: Source = Field("builtin", description="Where the tasks come from: the built-in stream or an importer.")
@@ -56,7 +52,7 @@ class StreamConfig(_Section):
         return self
 
 
-class ModelConfig(_Section):
+class ModelConfig(Options):
     """The pre-trained model that the stream is learnt on."""
 
     name: str = Field(
@@ -89,7 +85,7 @@ class ModelConfig(_Section):
         return template
 
 
-class LoraSettings(_Section):
+class LoraSettings(Options):
     """The low-rank adapters (Hu et al., 2021, arXiv 2106.09685)."""
 
     rank: int = Field(8, ge=1, description="Rank r of each adapter.")
@@ -101,35 +97,7 @@ class LoraSettings(_Section):
     layers: tuple[int, ...] | None = Field(None, description="Transformer layers that get one; null: all.")
 
 
-class TreeLoRASettings(_Section):
-    """The axes of TreeLoRA (arXiv 2506.10355), all selectable."""
-
-    signature: Literal["probe_b", "gradient", "adapter_value"] = Field(
-        "probe_b",
-        description="What a task is recognised by; `probe_b`: gradient of a zero B behind a frozen random A.",
-    )
-    search: Literal["tree_lcb", "flat_lcb", "full", "random"] = Field(
-        "tree_lcb", description="How the arm is chosen (Eq. 2)."
-    )
-    tree: Literal["medoid", "agglomerative", "paper"] = Field("medoid", description="How the tree is built.")
-    penalty: Literal["none", "prox", "soft", "sign"] = Field("prox", description="The similarity penalty (Eq. 3).")
-    strength: float = Field(0.1, ge=0, description="Lambda of Eq. 3; the paper uses 0.5 for LLMs, 0.1 for ViTs.")
-    start: Literal["continue", "fresh", "tree_node"] = Field(
-        "continue", description="The adapter that a task starts from."
-    )
-    exploration: float = Field(0.25, ge=0, description="Constant c of the confidence bound.")
-    sketch_size: int = Field(64, ge=1, description="Numbers kept of each layer's signature.")
-    blocks: int = Field(1, ge=1, description="Blocks of layers that the tree's levels split on in turn.")
-    probe_batches: int = Field(4, ge=1, description="Global batches that the signature of a task is measured on.")
-
-    @model_validator(mode="after")
-    def _signature_fits_penalty(self) -> TreeLoRASettings:
-        if self.penalty in ("soft", "sign") and self.signature != "gradient":
-            raise ValueError(f"penalty {self.penalty!r} compares gradients in training; set signature to gradient")
-        return self
-
-
-class TrainSettings(_Section):
+class TrainSettings(Options):
     """Steps, batches and the optimizer (AdamW with warm-up and cosine decay, anew for each task)."""
 
     global_batch: int = Field(8, ge=1, description="Rows a step, over all workers and accumulation.")
@@ -161,7 +129,7 @@ class TrainSettings(_Section):
         return self
 
 
-class EngineSettings(_Section):
+class EngineSettings(Options):
     """How a step is computed."""
 
     kind: Literal["deepspeed", "torch"] = Field("deepspeed", description="`torch`: one process, without DeepSpeed.")
@@ -180,10 +148,10 @@ class EngineSettings(_Section):
         return self
 
 
-class EvaluationSettings(_Section):
+class EvaluationSettings(Options):
     """What is scored after every task."""
 
-    modes: tuple[InferenceMode, ...] = Field(("last", "routed"), min_length=1, description="Inference modes to score.")
+    modes: tuple[Inference, ...] = Field(("last", "routed"), min_length=1, description="Inference modes to score.")
     batch_rows: int = Field(16, ge=1, description="Rows a forward pass.")
     max_new_tokens: int = Field(64, ge=1, description="Longest generated answer in tokens.")
     router_layer: int = Field(
@@ -193,14 +161,14 @@ class EvaluationSettings(_Section):
     in_context_examples: int = Field(0, ge=0, description="Solved examples put before a test prompt (method `frozen`).")
 
 
-class CheckpointSettings(_Section):
+class CheckpointSettings(Options):
     """When progress is committed."""
 
     every_steps: int | None = Field(None, ge=1, description="Also commit every so many steps; null: at task ends only.")
     keep: int = Field(2, ge=1, description="Commits kept; older ones are deleted.")
 
 
-class ClusterSettings(_Section):
+class ClusterSettings(Options):
     """Workers and what each of them takes."""
 
     workers: int = Field(1, ge=1, description="Ray Train workers.")
@@ -210,7 +178,7 @@ class ClusterSettings(_Section):
     max_failures: int = Field(2, ge=0, description="Restarts of the worker group after a worker died.")
 
 
-class TrackingSettings(_Section):
+class TrackingSettings(Options):
     """Where MLflow keeps the record."""
 
     uri: str | None = Field(None, description="Tracking server or database; null: sqlite beside the runs.")
@@ -218,7 +186,7 @@ class TrackingSettings(_Section):
     tags: dict[str, str] = Field({}, description="Tags of the run.")
 
 
-class ExperimentConfig(_Section):
+class ExperimentConfig(Options):
     """One experiment: a method learns a stream of tasks on a model."""
 
     name: str = Field("run", min_length=1, max_length=100, description="Name of the run, unique in output_dir.")
@@ -229,7 +197,7 @@ class ExperimentConfig(_Section):
     extensions: tuple[StreamConfig, ...] = Field((), description="Tasks that came later; `treelora extend` adds them.")
     model: ModelConfig = ModelConfig()
     lora: LoraSettings = LoraSettings()
-    treelora: TreeLoRASettings = TreeLoRASettings()
+    treelora: TreeLoRAOptions = TreeLoRAOptions()
     train: TrainSettings = TrainSettings(steps=16)
     engine: EngineSettings = EngineSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -253,6 +221,16 @@ class ExperimentConfig(_Section):
             raise ValueError(
                 f"train.epochs_by_task has {len(self.train.epochs_by_task)} numbers for {len(self.stream.order)} tasks"
             )
+        if METHODS[self.method].accumulates and self.train.weight_decay:
+            raise ValueError(
+                f"train.weight_decay {self.train.weight_decay:g} would shrink what method {self.method} has learnt "
+                "before; set it to 0"
+            )
+        if self.method == "treelora" and self.treelora.inference not in self.evaluation.modes:
+            raise ValueError(
+                f"treelora.inference {self.treelora.inference} isn't among evaluation.modes {self.evaluation.modes}; "
+                "add it there"
+            )
         if self.evaluation.in_context_examples and self.method != "frozen":
             raise ValueError(f"evaluation.in_context_examples is for method frozen, not {self.method}")
         return self
@@ -266,8 +244,9 @@ class ExperimentConfig(_Section):
         return dict(_flatten(self.as_dict()))
 
     def digest(self) -> str:
-        """SHA-256 of what determines the result; where it is kept, tracked and computed doesn't."""
-        plain = {k: v for k, v in self.as_dict().items() if k not in ("output_dir", "tracking", "checkpoint", "name")}
+        """SHA-256 of what determines the result; where it is kept and tracked, and other methods' settings, don't."""
+        idle = {"output_dir", "tracking", "checkpoint", "name", *get_args(MethodName)} - {self.method}
+        plain = {k: v for k, v in self.as_dict().items() if k not in idle}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def as_yaml(self) -> str:

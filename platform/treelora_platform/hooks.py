@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from treelora.adapters import ADAPTER, load_adapter, save_adapter
+from treelora.adapters import ADAPTER, grown, load_adapter, save_adapter
 from treelora.data.names import slugify
 from treelora.engine import read_adapter
 from treelora.errors import CheckpointError
@@ -27,6 +28,8 @@ class PlatformHooks:
         self.run_dir, self.keep = run_dir, keep
         self.recorder, self.uploader = recorder, uploader
         self._memory_bytes: int | None = None
+        self.saved: set[str] = set()
+        """Adapters that the newest commit has on disk."""
 
     def stage(self, unit: int, name: str, what: str) -> None:
         """See `Hooks`."""
@@ -68,9 +71,9 @@ class PlatformHooks:
             if isinstance(method, TreeLoRA):
                 parts["memory"] = self._memory(method, position, loop)
             parts["evaluator"] = loop.evaluator.state_dict()
-            if position.trained and loop.bank:
-                self._save_adapter(position.unit, loop)
-            adapters = tuple(adapter_folder(i, loop.units[i].name) for i in range(len(loop.bank)))
+            adapters = bank_folders(loop)
+            if position.trained:
+                self._save_adapters(adapters, loop)
             write_commit(self.run_dir, Commit(position, adapters, parts), self.keep)
             self.recorder.event("commit", unit=position.unit, step=position.step)
             self._notify()
@@ -85,18 +88,22 @@ class PlatformHooks:
             self.recorder.write_tree(position.unit, loop.units[position.unit].name, method.memory.describe())
         return state
 
-    def _save_adapter(self, unit: int, loop: StreamLoop) -> None:
-        folder = self.run_dir / "adapters" / adapter_folder(unit, loop.units[unit].name)
+    def _save_adapters(self, folders: Sequence[str], loop: StreamLoop) -> None:
+        """Write the adapter of the unit just learnt, and those that it was merged into."""
         peft_config = loop.engine.module.peft_config[ADAPTER]  # type: ignore[index]
-        save_adapter(loop.bank[unit], peft_config, folder)
+        known, self.saved = self.saved, set(folders)
+        newest = folders[-1:]
+        for folder, state in dict(zip(folders, loop.bank, strict=True)).items():
+            if folder not in known or folder in newest:
+                save_adapter(state, peft_config, self.run_dir / "adapters" / folder)
 
     def _notify(self) -> None:
         if self.uploader:
             self.uploader.notify()
 
 
-def take_up(loop: StreamLoop, run_dir: Path, recorder: Recorder | None) -> None:
-    """Bring a freshly assembled loop, and the run's files, to the newest commit. Collective.
+def take_up(loop: StreamLoop, run_dir: Path, recorder: Recorder | None) -> set[str]:
+    """Bring a freshly assembled loop, and the run's files, to the newest commit; the adapters it has. Collective.
 
     Raises:
         CheckpointError: there are commits, but none that can be used.
@@ -106,8 +113,9 @@ def take_up(loop: StreamLoop, run_dir: Path, recorder: Recorder | None) -> None:
     commit, troubles = loop.engine.broadcast(found)
     if commit:
         restore(loop, commit, run_dir)
+    adapters = set(commit.adapters) if commit else set()
     if not recorder:
-        return
+        return adapters
     for trouble in troubles:
         recorder.event("warning", what=f"commit passed over: {trouble}")
     for test in loop.evaluator.tests:
@@ -120,6 +128,7 @@ def take_up(loop: StreamLoop, run_dir: Path, recorder: Recorder | None) -> None:
         units=[unit.name for unit in loop.units],
         global_step=loop.position.global_step,
     )
+    return adapters
 
 
 def restore(loop: StreamLoop, commit: Commit, run_dir: Path) -> None:
@@ -133,8 +142,12 @@ def restore(loop: StreamLoop, commit: Commit, run_dir: Path) -> None:
     lacking = [part for part in needed if part not in parts]
     if lacking:
         raise CheckpointError(f"{run_dir}: the commit lacks its {', '.join(lacking)}; --fresh begins anew")
-    loop.bank = [load_adapter(run_dir / "adapters" / folder) for folder in commit.adapters]
-    loop.engine.write_adapter(parts["adapter"])
+    shapes = {name: tensor.shape for name, tensor in loop.engine.adapter_tensors().items()}
+    states = {
+        folder: grown(load_adapter(run_dir / "adapters" / folder), shapes) for folder in dict.fromkeys(commit.adapters)
+    }
+    loop.bank = [states[folder] for folder in commit.adapters]
+    loop.engine.write_adapter(grown(parts["adapter"], shapes))
     loop.engine.load_optimizer_state(parts.get("optimizer", {}))
     if isinstance(loop.method, TreeLoRA) and loop.method.memory:
         loop.method.memory.load_state_dict(parts["memory"])
@@ -144,9 +157,16 @@ def restore(loop: StreamLoop, commit: Commit, run_dir: Path) -> None:
     loop.position = commit.position
 
 
-def adapter_folder(unit: int, name: str) -> str:
-    """Folder of a unit's adapter under `adapters/`."""
-    return f"{unit:04d}-{slugify(name)}"
+def bank_folders(loop: StreamLoop) -> tuple[str, ...]:
+    """For each unit in the bank the folder of its adapter under `adapters/`; units that share an adapter share it."""
+    folders = []
+    for state in loop.bank:
+        units = [unit for unit, other in enumerate(loop.bank) if other is state]
+        name = slugify(loop.units[units[0]].name)
+        if len(units) > 1:
+            name += f"-and-{len(units) - 1}-more-{zlib.crc32(repr(units).encode()):08x}"
+        folders.append(f"{units[0]:04d}-{name}")
+    return tuple(folders)
 
 
 def _mean_by_mode(scores: Sequence[Score]) -> dict[str, float]:

@@ -34,6 +34,7 @@ STEPS = pa.schema(
         pa.field("tokens", pa.int64(), nullable=False),
         pa.field("rows", pa.int32(), nullable=False),
         pa.field("peak_memory_mb", pa.float64()),
+        pa.field("penalty_loss", pa.float64()),
         pa.field("penalty_ratio", pa.float64()),
         pa.field("sparsity", pa.float64()),
         pa.field("lcb_mean", pa.float64()),
@@ -64,7 +65,9 @@ TASKS = pa.schema(
         pa.field("train_seconds", pa.float64()),
         pa.field("eval_seconds", pa.float64()),
         pa.field("tokens", pa.int64()),
+        pa.field("passes", pa.int64()),
         pa.field("adapter_bytes", pa.int64()),
+        pa.field("state_bytes", pa.int64()),
         pa.field("memory_bytes", pa.int64()),
         pa.field("router_accuracy", pa.float64()),
     ]

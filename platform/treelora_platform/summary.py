@@ -180,7 +180,5 @@ def format_number(value: float | None) -> str:
 
 
 def _stored_bytes(tasks: pa.Table) -> int:
-    # every task adds an adapter, whereas the memory's size is that of the whole after each task
-    adapters = int(pc.sum(tasks["adapter_bytes"]).as_py() or 0)
-    memory = [size for size in tasks["memory_bytes"].to_pylist() if size is not None]
-    return adapters + (memory[-1] if memory else 0)
+    last = tasks.slice(max(0, tasks.num_rows - 1))
+    return sum(int(pc.sum(last[part]).as_py() or 0) for part in ("adapter_bytes", "state_bytes", "memory_bytes"))

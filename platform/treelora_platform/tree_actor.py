@@ -16,7 +16,8 @@ from torch import Tensor
 
 from treelora.errors import LostError
 from treelora.local_memory import pack_state, unpack_state
-from treelora.memory import MemoryConfig, Selection, StepCall, TaskMemory
+from treelora.memory import MemoryConfig, Past, Selection, StepCall, TaskMemory
+from treelora.memory_records import Groups
 
 CALL_TIMEOUT_S = 60.0
 
@@ -31,7 +32,7 @@ class TreeKeeper:
         """Start empty, or from a commit: a group of workers that starts again takes the memory back with it."""
         self.memory = TaskMemory.from_state_dict(state, run=run) if state else TaskMemory(config)
 
-    def begin_task(self, task: str, horizon: int) -> np.ndarray:
+    def begin_task(self, task: str, horizon: int) -> Past:
         """See `TaskMemory.begin_task`."""
         return self._opened().begin_task(task, horizon)
 
@@ -39,9 +40,9 @@ class TreeKeeper:
         """See `TaskMemory.step`."""
         return self._opened().step(call)
 
-    def end_task(self, task: str, sketch: np.ndarray) -> None:
+    def end_task(self, task: str, sketch: np.ndarray, mass: float) -> Groups:
         """See `TaskMemory.end_task`."""
-        self._opened().end_task(task, sketch)
+        return self._opened().end_task(task, sketch, mass)
 
     def state(self) -> dict[str, np.ndarray | str]:
         """See `TaskMemory.state_dict`."""
@@ -92,7 +93,7 @@ class TreeClient:
         self._pending: Any = None
         self._call("open", config, None, run)
 
-    def begin_task(self, task: str, horizon: int) -> np.ndarray:
+    def begin_task(self, task: str, horizon: int) -> Past:
         """See `Memory`."""
         self._task = task
         return self._call("begin_task", task, horizon)
@@ -107,9 +108,9 @@ class TreeClient:
         selection: Selection = self._wait(self._pending, f"step {self._step} of {self._task!r}")
         return selection.arms, selection.lcb
 
-    def end_task(self, task: str, sketch: np.ndarray) -> None:
+    def end_task(self, task: str, sketch: np.ndarray, mass: float) -> Groups:
         """See `Memory`."""
-        self._call("end_task", task, sketch)
+        return self._call("end_task", task, sketch, mass)
 
     def describe(self) -> dict[str, Any]:
         """See `TaskMemory.describe`."""

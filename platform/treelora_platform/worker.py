@@ -54,7 +54,7 @@ def run_worker(job: dict[str, Any]) -> None:
         return TreeClient(job["run_name"], settings, run=job["run_name"])
 
     loop = assemble(config, tasks, Path(job["cache"]), hooks, make_engine, make_memory)
-    take_up(loop, run_dir, recorder)
+    hooks.saved = take_up(loop, run_dir, recorder)
     loop.run()
     if recorder and uploader:
         recorder.close()

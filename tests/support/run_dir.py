@@ -90,7 +90,8 @@ class SyntheticRun:
             {
                 "task": name, "task_index": i, "family": f"family {i % 2}", "vocabulary": None,
                 "steps": self.steps_per_task, "train_seconds": 0.5 * self.steps_per_task, "eval_seconds": 2.0,
-                "tokens": 100 * self.steps_per_task, "adapter_bytes": 1000, "memory_bytes": 100 * (i + 1),
+                "tokens": 100 * self.steps_per_task, "passes": self.steps_per_task, "adapter_bytes": 1000 * (i + 1),
+                "state_bytes": 0, "memory_bytes": 100 * (i + 1),
                 "router_accuracy": 90.0 if i else None,
             }
             for i, name in enumerate(self.names[:learnt])

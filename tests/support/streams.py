@@ -22,6 +22,8 @@ from treelora_platform.recorder import Recorder
 
 TASKS = ("time-colours", "mood-directions", "subject-colours")
 STEPS = 4
+ONE_TASK_MIB = 0.0027
+"""Room for one of the tiny model's adapters, not for two."""
 
 
 def tiny_config(folder: Path, **changes: Any) -> ExperimentConfig:
@@ -71,7 +73,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "probe_b prox": {"treelora": {"signature": "probe_b", "penalty": "prox"}},
     "gradient soft": {"treelora": {"signature": "gradient", "penalty": "soft", "search": "flat_lcb"}},
     "gradient sign full": {"treelora": {"signature": "gradient", "penalty": "sign", "search": "full"}},
-    "value tree_node": {"treelora": {"signature": "adapter_value", "penalty": "prox", "start": "tree_node"}},
+    "value fresh": {"treelora": {"signature": "adapter_value", "penalty": "prox", "start": "fresh"}},
+    "query exact": {"treelora": {"preset": "paper", "search": "flat_lcb"}},
+    "query soft full": {"treelora": {"signature": "query", "penalty": "soft", "search": "full"}},
+    "tree_node pooled": {"treelora": {"start": "tree_node", "noise": "pooled"}},
+    "budget": {"treelora": {"budget_mib": ONE_TASK_MIB, "start": "tree_node"}},
+    "budget soft": {"treelora": {"signature": "gradient", "penalty": "soft", "budget_mib": ONE_TASK_MIB}},
     "sequential": {"method": "sequential"},
     "joint": {"method": "joint"},
 }
@@ -101,7 +108,7 @@ def build_run(config: ExperimentConfig, run_dir: Path) -> tuple[StreamLoop, Reco
     recorder = Recorder(run_dir, tasks)
     hooks = PlatformHooks(run_dir, config.checkpoint.keep, recorder, None)
     loop = build_loop(config, hooks)
-    take_up(loop, run_dir, recorder)
+    hooks.saved = take_up(loop, run_dir, recorder)
     return loop, recorder
 
 

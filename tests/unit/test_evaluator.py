@@ -149,7 +149,7 @@ def test_sharing_over_ranks_equals_one_rank(
 ) -> None:
     judge, expected = judged(loop, loop.engine, bank, rows=1)  # a row a batch: no padding, so the same bits
     barrier, shared, results = threading.Barrier(world), [None] * world, [None] * world
-    engines = [Rank(load_adapted_model(config), rank, shared, barrier) for rank in range(world)]
+    engines = [Rank(load_adapted_model(config, 3), rank, shared, barrier) for rank in range(world)]
 
     def work(rank: int) -> None:
         results[rank] = judged(loop, engines[rank], bank, rows=1)  # type: ignore[call-overload]

@@ -51,7 +51,7 @@ def digest(state):
 
 def test_no_past_task():
     memory = make()
-    assert memory.begin_task("first", 5).shape == (0, LAYERS, SIZE)
+    assert memory.begin_task("first", 5).sketches.shape == (0, LAYERS, SIZE)
     for step in (1, 2):
         selection = memory.step(StepCall("r", "first", step))
         assert selection.arms.tolist() == [-1, -1, -1]
@@ -67,11 +67,11 @@ def test_a_stream_by_hand():
     memory = make()
     memory.begin_task("a", 5)
     memory.end_task("a", signatures[0])
-    assert np.array_equal(memory.begin_task("b", 5), signatures[:1])
+    assert np.array_equal(memory.begin_task("b", 5).sketches, signatures[:1])
     assert memory.step(StepCall("r", "b", 1)).arms.tolist() == [0, 0, 0]
     memory.end_task("b", signatures[1])
     assert memory.tasks == ["a", "b"]
-    assert np.array_equal(memory.begin_task("c", 8), signatures[:2])
+    assert np.array_equal(memory.begin_task("c", 8).sketches, signatures[:2])
     assert memory.tree.to_json() == SignatureTree.build(signatures[:2]).to_json()
     assert memory.bandit.horizon == 8
     first = memory.step(StepCall("r", "c", 1))
@@ -103,7 +103,7 @@ def test_repeated_calls_change_nothing(search):
     shape = (5, LAYERS) if search == "full" else LAYERS
     for memory in (once, twice):
         memory.begin_task("new", 30)
-    assert np.array_equal(twice.begin_task("new", 30), once.begin_task("new", 30))
+    assert np.array_equal(twice.begin_task("new", 30).sketches, once.begin_task("new", 30).sketches)
     for step in range(1, 31):
         call = StepCall("r", "new", step, rng.random(shape) if step > 1 else None)
         answer = once.step(call)
@@ -230,9 +230,9 @@ def test_the_tree_finds_the_families():
 
 def test_answers_and_sketches_cannot_be_changed_from_outside():
     memory = filled(3)
-    sketches = memory.begin_task("new", 5)
+    sketches = memory.begin_task("new", 5).sketches
     sketches[:] = 0
-    assert memory.begin_task("new", 5).any()
+    assert memory.begin_task("new", 5).sketches.any()
     with pytest.raises(ValueError, match="read-only"):
         memory.step(StepCall("r", "new", 1)).arms[0] = 2
 

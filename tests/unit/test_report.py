@@ -69,7 +69,7 @@ def test_numbers_of_a_finished_run(tmp_path):
     assert ["OP", "90.00", "85.00", "80.00"] in page.rows
     assert ["lora.rank", "8"] in page.rows
     assert ["versions.commit", "4f70d1d"] in page.rows
-    assert ["beta", "family 1", "–", "6", "600", "3.0 s", "2.0 s", "1000 B", "200 B", "90.0"] in page.rows
+    assert ["beta", "family 1", "–", "6", "600", "3.0 s", "2.0 s", "2.0 KiB", "200 B", "90.0"] in page.rows
     # curves, arms, and the trees of two and of three tasks; a tree of one task shows nothing
     assert page.tags.count("svg") == 3 + 1 + 2
 

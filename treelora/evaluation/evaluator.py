@@ -73,10 +73,10 @@ class Evaluator:
         bank: Sequence[AdapterState],
         progress: Callable[[str], None] = lambda mode: None,
     ) -> list[Score]:
-        """Scores of the tasks `seen` once task `after` was learnt; `bank[k]` is task k's adapter, the last one last.
+        """Scores of the tasks `seen` once task `after` was learnt; `bank[k]` is task k's adapter.
 
-        The last entry of `bank` must be the adapter under training. With an empty bank (nothing was trained) only
-        `last` is scored.
+        The adapter under training is that of the last task, unless `bank` has a merged one for it. With an empty bank
+        (nothing was trained) only `last` is scored.
         """
         scores = []
         for mode in self.options.modes if bank else ("last",):
@@ -139,9 +139,11 @@ class Evaluator:
             return answers  # not kept: the next task changes the mean
         chosen = {(task, row): int(k) for task in seen for row, k in enumerate(self._route(task))}
         answers = {}
-        for k in range(len(bank)):
-            adapter = None if k == len(bank) - 1 else bank[k]
-            answers |= self._with_adapter(f"task {k}", adapter, [row for row in rows if chosen[row] == k])
+        for k, state in enumerate(bank):
+            tasks = [task for task, other in enumerate(bank) if other is state]
+            key = "task " + "+".join(map(str, tasks))
+            adapter = None if key == current else state
+            answers |= self._with_adapter(key, adapter, [row for row in rows if chosen[row] == k])
         return answers
 
     def _with_adapter(self, key: str, adapter: AdapterState | None, rows: Sequence[Row]) -> dict[Row, str]:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from treelora.adapters import AdapterState
 from treelora.engine import Engine
+from treelora.models.causal import answer_loss
+from treelora.options import Options
 
 if TYPE_CHECKING:
     from treelora.data.batches import Batch
@@ -28,6 +30,10 @@ class TaskContext:
     """This worker's micro-batches of a step (from 0), on the engine's device."""
     normaliser: Callable[[int], float] = field(repr=False)
     """What `answer_loss` divides a step's sum by, so that the mean over ranks is the mean over the global batch."""
+    sizes: tuple[int, ...] = ()
+    """Training rows of every unit of the stream up to this one."""
+    fetch: Callable[[Sequence[tuple[int, int]]], Batch] = field(default=lambda rows: _no_rows(rows), repr=False)
+    """One batch, on the engine's device, of training rows named by (unit, row); units up to this one."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +42,27 @@ class StepMetrics:
 
     scalars: dict[str, float | Tensor] = field(default_factory=dict)
     arms: tuple[int, ...] | None = None
-    """Index of the chosen past task for each layer."""
+    """The chosen past task for each layer; where several share an arm, the first of them."""
 
 
 class Method:
-    """A continual-learning method. The default of every hook is to do nothing: plain sequential training."""
+    """A continual-learning method. The default of every hook is to do nothing: plain sequential training.
+
+    A hook marked collective is called by every rank; what it does to adapter or gradients must be the same on all.
+    """
 
     name: ClassVar[str]
     trains: ClassVar[bool] = True
     """Whether weights change at all."""
     joint: ClassVar[bool] = False
     """Whether all tasks are learnt at once, as one."""
+    accumulates: ClassVar[bool] = False
+    """Whether every task has rank r of its own in one adapter of rank N r (`treelora.methods.slices`)."""
+    replays: ClassVar[bool] = False
+    """Whether rows of earlier tasks are seen again."""
+
+    def __init__(self, options: Options | None = None) -> None:
+        """Methods with settings of their own name their class of options in place of this one."""
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """Before the first step of a task; `bank` holds the adapters of the earlier tasks."""
@@ -55,27 +71,45 @@ class Method:
         """In place of `begin_task` when a run goes on within a task, after `load_state_dict`."""
 
     def before_step(self, step: int) -> None:
-        """Before the forward pass of a step, counted from 1."""
+        """Before the forward pass of a step, counted from 1. Collective."""
+
+    def loss(self, engine: Engine, batch: Batch, normaliser: float) -> Tensor:
+        """The loss of one micro-batch, a scalar that `engine.backward` takes. Collective."""
+        return answer_loss(engine.forward_model(), batch, normaliser)
+
+    def penalty_loss(self, engine: Engine) -> Tensor | None:
+        """A term of the adapter's weights alone, added to the loss of a step's last micro-batch, equal on all ranks."""
+        return None
 
     def after_backward(self, engine: Engine) -> None:
-        """Gradients are complete and may be changed."""
+        """Gradients are complete and averaged over ranks, and may be changed. Collective."""
 
     def after_step(self, engine: Engine, lr: float) -> None:
-        """The optimizer has stepped with learning rate `lr`; the adapter may be changed."""
+        """The optimizer has stepped with learning rate `lr`; the adapter may be changed. Collective."""
 
     def step_skipped(self) -> None:
         """In place of `after_backward` and `after_step` when the loss was not finite."""
 
     def end_task(self, engine: Engine) -> None:
-        """After the last step of a task."""
+        """After the last step of a task; the adapter may be changed, then it goes into the bank. Collective."""
+
+    def merge_bank(self, bank: list[AdapterState]) -> None:
+        """After `end_task`, with this task's adapter in the bank: entries may be replaced, to save storage.
+
+        Tasks that share one adapter share one object: `bank[i] is bank[j]`. Collective.
+        """
 
     def metrics(self) -> StepMetrics:
         """Of the last step."""
         return StepMetrics()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What `load_state_dict` needs to go on within a task. Collective."""
+        """What is kept between tasks, and what `load_state_dict` needs to go on within one. Collective."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from `state_dict`. Collective."""
+
+
+def _no_rows(rows: Sequence[tuple[int, int]]) -> Batch:
+    raise NotImplementedError(f"rows {rows} of earlier tasks: this loop doesn't offer any")

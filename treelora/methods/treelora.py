@@ -1,49 +1,40 @@
 """`treelora`: TreeLoRA (Qian et al., ICML 2025, arXiv 2506.10355), whose axes are all options.
 
-At every step an arm, that is a past task, is chosen for each layer by the memory (tree and bandit), and the layer's
-adapter is pulled towards that task (Eq. 3). The memory answers one call a step, asked for a step ahead, so that its
-latency hides behind the arithmetic.
+At every step an arm, that is a past task (or several, merged under a budget), is chosen for each layer by the memory
+(tree and bandit), and the layer's adapter is pulled towards it (Eq. 3). The memory answers one call a step, asked for a
+step ahead, so that its latency hides behind the arithmetic.
 
-Shapes: L layers, N past tasks, K sketch numbers a layer, P probe batches.
+Shapes: L layers, N arms, K sketch numbers a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from treelora.adapters import AdapterState, fresh_tensor, layer_names, layer_of
+from treelora.adapters import AdapterState, fresh_tensor, layer_names, layer_of, mean_adapter
 from treelora.engine import Engine
+from treelora.memory_records import Groups, Past
 from treelora.methods.base import Method, StepMetrics, TaskContext
+from treelora.methods.treelora_options import TreeLoRAOptions
+from treelora.methods.treelora_pull import Losses, Scalars, arm_adapter, pull_adapter, pull_gradients
 from treelora.methods.treelora_signature import SignatureSource, pack_past, unpack_past
-from treelora.penalty import prox, sign_gradient, soft_gradient
+from treelora.models.causal import answer_loss
 from treelora.sketch import residual
 
-
-@dataclass(frozen=True)
-class TreeLoRAOptions:
-    """The method's own axes; those of tree and search belong to the memory."""
-
-    signature: Literal["probe_b", "gradient", "adapter_value"] = "probe_b"
-    penalty: Literal["none", "prox", "soft", "sign"] = "prox"
-    strength: float = 0.5
-    start: Literal["continue", "fresh", "tree_node"] = "continue"
-    search: str = "tree_lcb"
-    sketch_size: int = 64
-    probe_batches: int = 4
-    seed: int = 0
+S = TypeVar("S")
 
 
 class Memory(Protocol):
     """The shared memory as a worker's rank 0 sees it: `TaskMemory` in process, or a client of the tree actor."""
 
-    def begin_task(self, task: str, horizon: int) -> np.ndarray:
-        """Sketches of the past tasks, float32 [N, L, K]."""
+    def begin_task(self, task: str, horizon: int) -> Past:
+        """What the task is compared with."""
         ...
 
     def submit(self, step: int, observation: np.ndarray | None) -> None:
@@ -58,8 +49,8 @@ class Memory(Protocol):
         """Tree, pulls and bounds as JSON values, for logs and pictures."""
         ...
 
-    def end_task(self, task: str, sketch: np.ndarray) -> None:
-        """Record the signature of the task, float32 [L, K]."""
+    def end_task(self, task: str, sketch: np.ndarray, mass: float) -> Groups:
+        """Record the signature of the task, float32 [L, K], which stands for `mass` rows; the tasks behind each arm."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -76,11 +67,11 @@ class TreeLoRA(Method):
 
     name = "treelora"
 
-    def __init__(self, options: TreeLoRAOptions, memory: Memory | None):
-        self.options, self.memory = options, memory
+    def __init__(self, options: TreeLoRAOptions, memory: Memory | None, seed: int = 0):
+        self.options, self.memory, self.seed = options, memory, seed
         self.signatures: list[dict[str, Tensor]] = []
         """Full mean gradients of the past tasks, where the penalty needs them."""
-        self.past_NLK: np.ndarray = np.empty((0, 0, 0), np.float32)
+        self.past = Past(np.empty((0, 0, 0), np.float32), ())
         self.arms_L: np.ndarray = np.empty(0, np.int64)
         self.lcb_L: np.ndarray = np.empty(0, np.float32)
         self.source: SignatureSource
@@ -88,13 +79,14 @@ class TreeLoRA(Method):
         self._resumed: dict[str, Tensor] = {}
         self._step = 0
         self._observation: np.ndarray | None = None
+        self._scalars: Scalars = {}
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
         self._open(task, engine, bank)
         self.source.measure(task)
         self._start_adapter()
-        if engine.rank == 0 and self.past_NLK.shape[0]:
+        if engine.rank == 0 and self.past.groups:
             assert self.memory
             self.memory.submit(1, None)
 
@@ -102,7 +94,7 @@ class TreeLoRA(Method):
         """See `Method`."""
         self._open(task, engine, bank)
         self.source.load_state_dict(self._resumed)
-        if engine.rank == 0 and self.past_NLK.shape[0]:
+        if engine.rank == 0 and self.past.groups:
             step = int(self._resumed["step"])
             observation = self._resumed.get("observation")
             assert self.memory
@@ -110,44 +102,48 @@ class TreeLoRA(Method):
 
     def before_step(self, step: int) -> None:
         """See `Method`."""
-        self._step = step
-        self._observation = None
-        if not self.past_NLK.shape[0]:
+        self._step, self._observation, self._scalars = step, None, {}
+        if not self.past.groups:
             return
         answer = self.memory.collect() if self.memory else None
         self.arms_L, self.lcb_L = self.engine.broadcast(answer)  # type: ignore[misc]
         if self.source.known_before_step:
-            self._observe(self.source.of_step(step))
+            self._observe(self._residuals(self.source.of_step(step)))
 
     def after_backward(self, engine: Engine) -> None:
         """See `Method`."""
-        gradients = self.source.after_backward(engine) if self.source.reads_gradients else None
-        if not self.past_NLK.shape[0] or not self.source.seen_finite:
+        gradients = self.source.after_backward(engine) if self.source.reads_gradients else {}
+        if not self.past.groups or not self.source.seen_finite:
             return  # where they aren't finite the engine won't step, and `step_skipped` follows
-        if not self.source.known_before_step:
-            self._observe(self.source.of_step(self._step))
+        asked: dict[str, Tensor] = {}
+        if self.options.signature == "query":
+            asked = self._query()
+        elif not self.source.known_before_step:
+            self._observe(self._residuals(self.source.of_step(self._step)))
         if self.options.penalty == "prox":
             self._before = {name: tensor.clone() for name, tensor in engine.adapter_tensors().items()}
-        if self.options.penalty in ("soft", "sign"):
-            self._pull_gradients(gradients or engine.adapter_gradients())
+        if self.options.penalty in ("soft", "sign", "exact"):
+            anchors = asked or self._past_gradients(gradients)
+            anchors = {name: anchors[name] for name in gradients if ".lora_B." in name}
+            penalty, strength = self.options.penalty, self.options.strength
+            self._scalars = pull_gradients(engine, penalty, gradients, anchors, strength, self._losses())
 
     def after_step(self, engine: Engine, lr: float) -> None:
         """See `Method`."""
-        scalars: dict[str, float | Tensor] = {}
-        if self.past_NLK.shape[0]:
-            if self.options.penalty == "prox":
-                scalars |= self._pull_adapter(lr)
-            if np.isfinite(self.lcb_L).all():  # the first pulls of an arm have no bound yet
-                scalars["lcb_mean"] = float(self.lcb_L.mean())
-            if self._observation is not None:
-                scalars["observation_mean"] = float(self._observation.mean())
-            self._last = StepMetrics(scalars, tuple(int(arm) for arm in self.arms_L))
-        else:
+        if not self.past.groups:
             self._last = StepMetrics()
+            return
+        if self.options.penalty == "prox":
+            self._scalars = pull_adapter(engine, self._before, self._anchor_of, lr, self.options.strength)
+        if np.isfinite(self.lcb_L).all():  # the first pulls of an arm have no bound yet
+            self._scalars["lcb_mean"] = float(self.lcb_L.mean())
+        if self._observation is not None:
+            self._scalars["observation_mean"] = float(self._observation.mean())
+        self._last = StepMetrics(self._scalars, tuple(self.past.groups[arm][0] for arm in self.arms_L))
 
     def step_skipped(self) -> None:
         """See `Method`."""
-        if self.memory and self.past_NLK.shape[0] and not self.source.known_before_step:
+        if self.memory and self.past.groups and not self.source.known_before_step:
             self.memory.submit(self._step + 1, None)
         self._last = StepMetrics()
 
@@ -155,10 +151,17 @@ class TreeLoRA(Method):
         """See `Method`."""
         sketch_LK, full = self.source.finish(engine)
         self.signatures.append(full)
+        groups: Groups = ()
         if self.memory:
-            if self.past_NLK.shape[0]:
+            if self.past.groups:
                 self.memory.collect()  # the answer for the step that doesn't come
-            self.memory.end_task(self.task.name, sketch_LK.numpy())
+            groups = self.memory.end_task(self.task.name, sketch_LK.numpy(), float(self.task.sizes[-1]))
+        self._groups = engine.broadcast(groups)
+
+    def merge_bank(self, bank: list[AdapterState]) -> None:
+        """Let tasks of one arm share one adapter and one signature: the means, weighted by rows."""
+        share(bank, self._groups, self.task.sizes, mean_adapter)
+        share(self.signatures, self._groups, self.task.sizes, _mean_tensors)
 
     def metrics(self) -> StepMetrics:
         """See `Method`."""
@@ -180,60 +183,94 @@ class TreeLoRA(Method):
         self.signatures = unpack_past(state)
 
     def _open(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
-        self.task, self.engine, self.bank = task, engine, bank
+        self.task, self.engine = task, engine
         self._step = 0
         self._observation = None
         self._last = StepMetrics()
         self._names = list(engine.adapter_tensors())
         layers = layer_names(self._names)
         self._layer_index = {name: layers.index(layer_of(name)) for name in self._names}
-        self.source = SignatureSource(self.options, engine)
-        past_NLK = self.memory.begin_task(task.name, task.steps) if self.memory else np.empty(0)
-        self.past_NLK = engine.broadcast(past_NLK)
-        self._anchors = [{name: state[name].to(engine.device) for name in self._names} for state in bank]
+        self.source = SignatureSource(self.options, engine, self.seed)
+        past = self.memory.begin_task(task.name, task.steps) if self.memory else self.past
+        self.past = engine.broadcast(past)
+        self._anchors = [
+            {name: bank[group[0]][name].to(engine.device) for name in self._names} for group in self.past.groups
+        ]
 
     def _start_adapter(self) -> None:
-        if self.options.start == "continue" or (self.task.index == 0):
+        if self.options.start == "continue" or self.task.index == 0:
             return
-        if self.options.start == "tree_node" and self.past_NLK.shape[0]:
-            distances_NL = residual(self.source.sketch, torch.from_numpy(self.past_NLK))
-            nearest = int(distances_NL.mean(dim=-1).argmin())
-            self.engine.write_adapter(self.bank[nearest])
+        if self.options.start == "tree_node" and self.past.tree is not None:
+            distances_NL = residual(self.source.sketch, torch.from_numpy(self.past.sketches))
+            arms = self.past.tree.tasks_below(self.past.tree.home(distances_NL.mean(dim=-1).numpy()))
+            weights = [float(sum(self.task.sizes[task] for task in self.past.groups[arm])) for arm in arms]
+            self.engine.write_adapter(mean_adapter([self._anchors[arm] for arm in arms], weights))
             return
         shapes = {name: tensor.shape for name, tensor in self.engine.adapter_tensors().items()}
-        self.engine.write_adapter(
-            {name: fresh_tensor(name, shape, self.options.seed) for name, shape in shapes.items()}
-        )
+        self.engine.write_adapter({name: fresh_tensor(name, shape, self.seed) for name, shape in shapes.items()})
 
-    def _observe(self, sketch_LK: Tensor) -> None:
+    def _residuals(self, sketch_LK: Tensor) -> Tensor:
         """The residuals of Eq. 2, in the sketch space: of the chosen arms, or of all where the search is `full`."""
+        arms_L = None if self.options.search == "full" else torch.from_numpy(np.array(self.arms_L))
+        return residual(sketch_LK, torch.from_numpy(self.past.sketches), arms_L)
+
+    def _observe(self, residuals: Tensor) -> None:
         if self.engine.rank == 0:
-            arms_L = None if self.options.search == "full" else torch.from_numpy(np.array(self.arms_L))
-            self._observation = residual(sketch_LK, torch.from_numpy(self.past_NLK), arms_L).numpy()
+            self._observation = residuals.cpu().numpy()
             assert self.memory
             self.memory.submit(self._step + 1, self._observation)
 
-    def _anchor_of(self, name: str) -> Tensor:
-        return self._anchors[int(self.arms_L[self._layer_index[name]])][name]
+    def _query(self) -> dict[str, Tensor]:
+        """A pull as the paper has it: the gradient on this step's rows at the arm's adapter; full: one for each arm."""
+        seen_LK = self.source.of_step(self._step)
+        full = self.options.search == "full"
+        choices = [partial(_same_arm, arm) for arm in range(len(self.past.groups))] if full else [self._arm_of]
+        asked = [self.source.ask(arm_adapter(self._anchors, arm_of), self._losses()) for arm_of in choices]
+        rows = torch.stack([residual(seen_LK, sketch_LK[None])[0] for _, sketch_LK in asked])
+        self._observe(rows if full else rows[0])
+        if not full:
+            return asked[0][0]
+        return {name: asked[self._arm_of(name)][0][name] for name in self._names}
 
-    def _pull_adapter(self, lr: float) -> dict[str, float | Tensor]:
-        pulled, kept, by_penalty, by_loss, total = {}, [], [], [], 0
-        for name, stepped in self.engine.adapter_tensors().items():
-            pulled[name], equal = prox(stepped, self._anchor_of(name), lr * self.options.strength)
-            kept.append(equal)
-            by_penalty.append((pulled[name] - stepped).abs().sum())
-            by_loss.append((stepped - self._before[name]).abs().sum())
-            total += stepped.numel()
-        self.engine.write_adapter(pulled)
-        ratio = torch.stack(by_penalty).sum() / torch.stack(by_loss).sum().clamp_min(1e-30)
-        return {"sparsity": torch.stack(kept).sum() / total, "penalty_ratio": ratio}
+    def _losses(self) -> Losses:
+        batches, normaliser = self.task.micro_batches(self._step - 1), self.task.normaliser(self._step - 1)
+        return [partial(answer_loss, self.engine.module, batch, normaliser) for batch in batches]
 
-    def _pull_gradients(self, gradients: dict[str, Tensor]) -> None:
-        function = {"soft": soft_gradient, "sign": sign_gradient}[self.options.penalty]
-        pulled = {}
+    def _past_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        anchors = {}
         for name, gradient in gradients.items():
             if ".lora_B." in name:
-                arm = int(self.arms_L[self._layer_index[name]])
-                anchor = self.signatures[arm][layer_of(name)].to(gradient)
-                pulled[name] = function(gradient, anchor.reshape(gradient.shape), self.options.strength)
-        self.engine.set_adapter_gradients(pulled)
+                task = self.past.groups[self._arm_of(name)][0]
+                anchors[name] = self.signatures[task][layer_of(name)].to(gradient).reshape(gradient.shape)
+        return anchors
+
+    def _arm_of(self, name: str) -> int:
+        return int(self.arms_L[self._layer_index[name]])
+
+    def _anchor_of(self, name: str) -> Tensor:
+        return self._anchors[self._arm_of(name)][name]
+
+
+def share(entries: list[S], groups: Groups, masses: Sequence[int], merge: Any) -> None:
+    """Give all tasks of a group one entry, by reference: the merge of its distinct entries, weighted by mass."""
+    for group in groups:
+        distinct = {id(entries[task]): entries[task] for task in group}
+        if len(distinct) > 1:
+            weights = [
+                float(sum(masses[task] for task in group if entries[task] is entry)) for entry in distinct.values()
+            ]
+            merged = merge(list(distinct.values()), weights)
+            for task in group:
+                entries[task] = merged
+
+
+def _mean_tensors(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    shares = [weight / sum(weights) for weight in weights]
+    return {
+        name: torch.stack([share * state[name] for share, state in zip(shares, states, strict=True)]).sum(0)
+        for name in states[0]
+    }
+
+
+def _same_arm(arm: int, name: str) -> int:
+    return arm

@@ -5,8 +5,8 @@ Shapes: L layers, K sketch numbers a layer, P probe batches, D_l numbers of a la
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ from torch import Tensor
 from treelora.adapters import layer_names
 from treelora.engine import Engine
 from treelora.methods.base import TaskContext
+from treelora.methods.extra_gradient import adapter_gradient
+from treelora.methods.treelora_options import TreeLoRAOptions
+from treelora.methods.treelora_pull import Losses
 from treelora.models.causal import answer_loss
 from treelora.signature import GradientProbe, adapter_value_vectors, gradient_vectors
 from treelora.sketch import CountSketch, normalise
-
-if TYPE_CHECKING:
-    from treelora.methods.treelora import TreeLoRAOptions
 
 
 class SignatureSource:
@@ -27,22 +27,23 @@ class SignatureSource:
 
     `probe_b` measures P global batches before training, on the base weights, and observes them in turn: P passes a
     task, none a step. `gradient` takes the gradients that training computes anyway, at weights that move.
+    `query` takes the same gradients, and compares them with what the arm's adapter gives on the same rows (`ask`).
     `adapter_value` takes the values of A, as the released code does.
     """
 
-    def __init__(self, options: TreeLoRAOptions, engine: Engine):
+    def __init__(self, options: TreeLoRAOptions, engine: Engine, seed: int):
         self.kind, self.engine = options.signature, engine
         self.probe_batches = options.probe_batches
-        self.keeps_full = options.penalty in ("soft", "sign")
+        self.keeps_full = self.kind == "gradient" and options.penalty in ("soft", "sign", "exact")
         self.names = layer_names(list(engine.adapter_tensors()))
         if self.kind == "probe_b":
             tensors = engine.adapter_tensors()
             rank = next(t.shape[0] for name, t in tensors.items() if ".lora_A." in name)
-            self._probe = GradientProbe(engine.module, rank, options.seed)
+            self._probe = GradientProbe(engine.module, rank, seed)
             dims = self._probe.layer_dims
         else:
             dims = [vector.numel() for vector in self._vectors(engine.adapter_tensors())]
-        self._count_sketch = CountSketch(dims, options.sketch_size, options.seed)
+        self._count_sketch = CountSketch(dims, options.sketch_size, seed)
         self._per_batch_PLK = torch.zeros(0, len(dims), options.sketch_size)
         self._sum_LK = torch.zeros(len(dims), options.sketch_size)
         self._full_sum: dict[str, Tensor] = {}
@@ -53,12 +54,12 @@ class SignatureSource:
     @property
     def reads_gradients(self) -> bool:
         """Whether every step's gradients are needed."""
-        return self.kind == "gradient"
+        return self.kind in ("gradient", "query")
 
     @property
     def known_before_step(self) -> bool:
         """Whether a step's observation exists before its backward pass."""
-        return self.kind != "gradient"
+        return not self.reads_gradients
 
     @property
     def sketch(self) -> Tensor:
@@ -104,6 +105,12 @@ class SignatureSource:
                 self._full_sum[name] = self._full_sum[name] + vector if name in self._full_sum else vector.clone()
         return gradients
 
+    def ask(self, adapter: Mapping[str, Tensor], losses: Losses) -> tuple[dict[str, Tensor], Tensor]:
+        """The gradient at another adapter, and its sketch of unit length per layer, [L, K] on the CPU. Collective."""
+        with self.engine.using_adapter(adapter):
+            gradients = adapter_gradient(self.engine, losses)
+        return gradients, normalise(self._count_sketch.sketch(self._vectors(gradients)).cpu())
+
     def finish(self, engine: Engine) -> tuple[Tensor, dict[str, Tensor]]:
         """The task's signature [L, K], and the full mean gradient of each layer where the penalty needs it."""
         if self.kind == "adapter_value":
@@ -136,14 +143,17 @@ class SignatureSource:
 
 
 def pack_past(signatures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Full signatures of past tasks as one flat dict of tensors."""
-    packed = {f"past/{i}/{name}": vector for i, past in enumerate(signatures) for name, vector in past.items()}
-    return packed | {"past_tasks": torch.tensor(len(signatures))}
+    """Full signatures of past tasks as one flat dict of tensors; what several tasks share is kept once."""
+    first = [next(i for i, other in enumerate(signatures) if other is past) for past in signatures]
+    packed = {f"past/{i}/{name}": vector for i in set(first) for name, vector in signatures[i].items()}
+    return packed | {"past_tasks": torch.tensor(first, dtype=torch.int64)}
 
 
 def unpack_past(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Inverse of `pack_past`."""
-    return [
-        {key.removeprefix(f"past/{i}/"): value for key, value in state.items() if key.startswith(f"past/{i}/")}
-        for i in range(int(state["past_tasks"]))
-    ]
+    first = state["past_tasks"].tolist()
+    own = {
+        i: {key.removeprefix(f"past/{i}/"): value for key, value in state.items() if key.startswith(f"past/{i}/")}
+        for i in set(first)
+    }
+    return [own[i] for i in first]

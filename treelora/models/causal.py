@@ -95,9 +95,6 @@ def load_model(spec: ModelSpec) -> nn.Module:
 def answer_loss(model: Callable[..., Any], batch: Batch, normaliser: float) -> Tensor:
     """Sum of the answer tokens' negative log-likelihood over `normaliser`.
 
-    The rows are left-padded, so every answer ends at the right edge and the output head, a fifth of SmolLM2's
-    arithmetic, is computed for the last W + 1 positions only.
-
     Args:
         model: Any causal LM of transformers, wrapped by peft or not.
         batch: input_ids, attention_mask, position_ids, labels, each [B, T]; labels are -100 where no loss is due.
@@ -106,17 +103,26 @@ def answer_loss(model: Callable[..., Any], batch: Batch, normaliser: float) -> T
     Returns:
         Scalar, float32.
     """
+    logits_BWV, labels_BW = answer_logits(model, batch)
+    total = F.cross_entropy(logits_BWV.flatten(0, 1).float(), labels_BW.flatten(), ignore_index=-100, reduction="sum")
+    return total / normaliser
+
+
+def answer_logits(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits [B, W, V] that predict the last W tokens, and those tokens' labels [B, W] (-100: no answer's token).
+
+    The rows are left-padded, so every answer ends at the right edge and the output head, a fifth of SmolLM2's
+    arithmetic, is computed for the last W + 1 positions only.
+    """
     tensors: Mapping[str, Any] = batch
     width = int(tensors["answer_width"])
-    logits_BWV = model(
+    logits = model(
         input_ids=tensors["input_ids"],
         attention_mask=tensors["attention_mask"],
         position_ids=tensors["position_ids"],
         logits_to_keep=width + 1,
-    ).logits[:, :-1]
-    labels_BW = tensors["labels"][:, -width:]
-    total = F.cross_entropy(logits_BWV.flatten(0, 1).float(), labels_BW.flatten(), ignore_index=-100, reduction="sum")
-    return total / normaliser
+    ).logits
+    return logits[:, :-1], tensors["labels"][:, -width:]
 
 
 def _contiguous(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

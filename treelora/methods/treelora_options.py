@@ -1,0 +1,95 @@
+"""The axes of TreeLoRA (arXiv 2506.10355) as settings, and the presets that fill them in."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from treelora.bandit import Bound, Noise, Search
+from treelora.options import Options
+from treelora.tree import TreeKind
+
+Preset = Literal["treelora", "paper", "official", "plus"]
+Signature = Literal["probe_b", "gradient", "query", "adapter_value"]
+Penalty = Literal["prox", "none", "soft", "exact", "sign", "official"]
+Start = Literal["continue", "fresh", "tree_node"]
+Inference = Literal["last", "merged", "routed"]
+
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "treelora": {},
+    "paper": {
+        "signature": "query",
+        "tree": "paper",
+        "penalty": "exact",
+        "strength": 0.5,
+        "exploration": 2.0,
+        "bound": "literal",
+    },
+    "official": {
+        "signature": "adapter_value",
+        "search": "official",
+        "tree": "official",
+        "penalty": "official",
+        "strength": 0.5,
+        "exploration": 1.0,
+    },
+    "plus": {"start": "tree_node", "inference": "routed"},
+}
+"""What differs from the defaults; `docs/methods.md` says why."""
+
+
+class TreeLoRAOptions(Options):
+    """The axes of TreeLoRA (arXiv 2506.10355), all selectable; a preset fills in what isn't given."""
+
+    preset: Preset = Field("treelora", description="Fills in the fields of this section that aren't given.")
+    signature: Signature = Field(
+        "probe_b", description="What a task is recognised by; `probe_b`: gradient of a zero B behind a frozen random A."
+    )
+    search: Search = Field("tree_lcb", description="How the arm is chosen (Eq. 2).")
+    tree: TreeKind = Field("medoid", description="How the tree is built.")
+    penalty: Penalty = Field("prox", description="The similarity penalty (Eq. 3).")
+    strength: float = Field(0.1, ge=0, description="Lambda of Eq. 3; the paper uses 0.5 for LLMs, 0.1 for ViTs.")
+    start: Start = Field("continue", description="The adapter that a task starts from.")
+    inference: Inference = Field("last", description="The way of inference that the run is meant for.")
+    exploration: float = Field(0.25, ge=0, description="Constant c of the confidence bound.")
+    noise: Noise = Field(
+        "diameter", description="Unit of c: the root's diameter, or `pooled`, the losses' standard deviation so far."
+    )
+    bound: Bound = Field("smooth", description="Inner nodes' bound: Coquelin and Munos', or Eq. 2 as it is printed.")
+    sketch_size: int = Field(64, ge=1, description="Numbers kept of each layer's signature.")
+    blocks: int = Field(1, ge=1, description="Blocks of layers that the medoid tree's levels split on in turn.")
+    probe_batches: int = Field(4, ge=1, description="Global batches that the signature of a task is measured on.")
+    budget_mib: float | None = Field(
+        None, gt=0, description="Most that past tasks may take, in MiB; beyond it the two closest are merged."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("preset") in PRESETS:
+            return PRESETS[given["preset"]] | given
+        return given
+
+    @model_validator(mode="after")
+    def _axes_fit(self) -> TreeLoRAOptions:
+        if self.penalty in ("soft", "sign", "exact") and self.signature not in ("gradient", "query"):
+            raise ValueError(
+                f"penalty {self.penalty!r} compares gradients in training; set signature to gradient or query, "
+                f"not {self.signature}"
+            )
+        if self.start == "tree_node" and self.signature != "probe_b":
+            raise ValueError(
+                f"start 'tree_node' must know the task before it is learnt; set signature to probe_b, not {self.signature}"
+            )
+        if self.blocks != 1 and self.tree != "medoid":
+            raise ValueError(f"blocks {self.blocks}: only the medoid tree has blocks; set blocks to 1")
+        official = {"search": self.search, "tree": self.tree, "penalty": self.penalty}
+        chosen = [axis for axis, value in official.items() if value == "official"]
+        if chosen and self.signature != "adapter_value":
+            raise ValueError(f"{chosen[0]} 'official' works on values of A; set signature to adapter_value")
+        if ("search" in chosen) != ("tree" in chosen):
+            raise ValueError("search and tree are 'official' together or not at all: the one reads the other's splits")
+        if self.budget_mib is not None and chosen:
+            raise ValueError("budget_mib: the released code never merges tasks; leave it out with 'official'")
+        return self

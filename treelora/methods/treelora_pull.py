@@ -1,0 +1,126 @@
+"""How TreeLoRA pulls a step towards the arms: the `penalty` axis on an engine (formulas: `treelora.penalty`).
+
+Adapter tensors are named as in `treelora.adapters`; gradients of B are compared, because A's vanish while B is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from treelora.adapters import AdapterState
+from treelora.engine import Engine
+from treelora.methods.extra_gradient import adapter_gradient, flatten, unflatten
+from treelora.penalty import prox, sign_gradient, soft_gradient
+
+Losses = Sequence[Callable[[], Tensor]]
+Scalars = dict[str, float | Tensor]
+PROBE = 1e-3
+"""How far each coordinate of B is moved for a finite difference."""
+
+
+def pull_adapter(
+    engine: Engine, before: Mapping[str, Tensor], anchor_of: Callable[[str], Tensor], lr: float, strength: float
+) -> Scalars:
+    """`prox`: after the optimizer's step, bring the adapter near the arms' adapters. Collective.
+
+    Args:
+        engine: Its adapter has just stepped.
+        before: The adapter before the step.
+        anchor_of: The arm's tensor of a name.
+        lr: Learning rate of the step; the threshold is lr x strength.
+        strength: Lambda.
+
+    Returns:
+        sparsity (share of coordinates that equal the arm's), penalty_ratio (change by the pull over change by the
+        loss, L1) and penalty_loss (lambda times the L1 distance left).
+    """
+    pulled, kept, by_penalty, by_loss, apart, total = {}, [], [], [], [], 0
+    for name, stepped in engine.adapter_tensors().items():
+        anchor = anchor_of(name)
+        pulled[name], equal = prox(stepped, anchor, lr * strength)
+        kept.append(equal)
+        by_penalty.append((pulled[name] - stepped).abs().sum())
+        by_loss.append((stepped - before[name]).abs().sum())
+        apart.append((pulled[name] - anchor).abs().sum())
+        total += stepped.numel()
+    engine.write_adapter(pulled)
+    ratio = torch.stack(by_penalty).sum() / torch.stack(by_loss).sum().clamp_min(1e-30)
+    return {
+        "sparsity": torch.stack(kept).sum() / total,
+        "penalty_ratio": ratio,
+        "penalty_loss": strength * torch.stack(apart).sum(),
+    }
+
+
+def pull_gradients(
+    engine: Engine,
+    kind: str,
+    gradients: Mapping[str, Tensor],
+    arm_gradients: Mapping[str, Tensor],
+    strength: float,
+    losses: Losses = (),
+) -> Scalars:
+    """`soft`, `sign` and `exact`: before the optimizer's step, change the gradients. Collective.
+
+    Args:
+        engine: Holds the gradients of the step.
+        kind: Which penalty.
+        gradients: The step's own, by name.
+        arm_gradients: The arms', for each B.
+        strength: Lambda.
+        losses: The step's micro-batches on `engine.module`; for `exact` only.
+
+    Returns:
+        penalty_ratio (norm of what was added over the norm of the gradient) and penalty_loss (lambda times the L1
+        distance of the gradients of B).
+    """
+    if kind == "exact":
+        added = hessian_pull(engine, gradients, arm_gradients, strength, losses)
+        changed = {name: gradients[name] + added[name] for name in gradients}
+    else:
+        function = {"soft": soft_gradient, "sign": sign_gradient}[kind]
+        changed = {name: function(gradients[name], anchor, strength) for name, anchor in arm_gradients.items()}
+    engine.set_adapter_gradients(changed)
+    apart = torch.stack([(gradients[name] - anchor).abs().sum() for name, anchor in arm_gradients.items()]).sum()
+    by_penalty = torch.stack([(changed[name] - gradients[name]).norm() for name in changed]).norm()
+    by_loss = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    return {"penalty_ratio": by_penalty / by_loss.clamp_min(1e-30), "penalty_loss": strength * apart}
+
+
+def hessian_pull(
+    engine: Engine,
+    gradients: Mapping[str, Tensor],
+    arm_gradients: Mapping[str, Tensor],
+    strength: float,
+    losses: Losses,
+) -> dict[str, Tensor]:
+    """Eq. 3's gradient of ||g - g_k||_1, that is H sign(g - g_k), at lambda times the gradient's own norm. Collective.
+
+    H is the Hessian of the step's loss in the adapter's weights; its product with the signs (zero for A) comes from a
+    central difference, two passes forward and backward, because fused attention has no second derivative. The
+    product's own scale is unusable (559 times the gradient's in one measurement), hence the rescaling. Zero where
+    gradients and arms agree.
+    """
+    shapes = {name: gradient.shape for name, gradient in gradients.items()}
+    direction = {
+        name: torch.sign(gradients[name] - arm_gradients[name]) if name in arm_gradients else torch.zeros(shape)
+        for name, shape in shapes.items()
+    }
+    weights = {name: tensor.clone() for name, tensor in engine.adapter_tensors().items()}
+    sides = []
+    for side in (PROBE, -PROBE):
+        moved = {name: tensor + side * direction[name].to(tensor) for name, tensor in weights.items()}
+        with engine.using_adapter(moved), torch.random.fork_rng():  # the same dropout on both sides
+            torch.manual_seed(0)
+            sides.append(flatten(adapter_gradient(engine, losses)))
+    product = (sides[0] - sides[1]) / (2 * PROBE)
+    norm = flatten(dict(gradients)).norm()
+    return unflatten(strength * norm * product / product.norm().clamp_min(1e-30), shapes)
+
+
+def arm_adapter(anchors: Sequence[Mapping[str, Tensor]], arm_of: Callable[[str], int]) -> AdapterState:
+    """The adapter whose tensors are those of each layer's own arm."""
+    return {name: anchors[arm_of(name)][name] for name in anchors[0]}
