@@ -158,6 +158,7 @@ class StreamLoop:
             steps=unit.plan.steps,
             micro_batches=lambda step: unit.micro_batches(step, engine.rank, engine.world_size, engine.device),
             normaliser=lambda step: unit.normaliser(step, engine.world_size),
+            global_batch=unit.plan.global_batch,
             sizes=tuple(earlier.plan.n_rows for earlier in self.units[: index + 1]),
             fetch=self._fetch,
         )

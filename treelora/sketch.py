@@ -15,7 +15,7 @@ from torch import Tensor
 from treelora.errors import ConfigError, DataError
 
 # One purpose, one stream: a seed that is shared by sketch, probe and random search must not correlate them.
-PURPOSE_SKETCH, PURPOSE_PROBE, PURPOSE_ARMS = 1, 2, 3
+PURPOSE_SKETCH, PURPOSE_PROBE, PURPOSE_ARMS, PURPOSE_OFFICIAL = 1, 2, 3, 4
 
 
 def keyed_bits(seed: int, stream: int, count: int, *, purpose: int, block: int = 0) -> np.ndarray:

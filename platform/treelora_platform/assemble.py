@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from treelora.adapters import LoraSpec, attach_lora, layer_names
+from treelora.bandit import Search
 from treelora.data.batches import BatchPlan
 from treelora.data.task import Task
 from treelora.data.tokenize import PromptStyle, TokenizedRows, tokenize_split
@@ -19,8 +20,10 @@ from treelora.evaluation.evaluator import EvaluationOptions, Evaluator
 from treelora.loop import Hooks, LoopOptions, StreamLoop
 from treelora.memory import MemoryConfig
 from treelora.methods import METHODS, Memory, Method, TreeLoRA, TreeLoRAOptions
+from treelora.methods.treelora_official import OfficialTreeLoRA
 from treelora.models.causal import ModelSpec, load_model, load_tokenizer
 from treelora.training_data import Split, TestSplit, Unit, choose_rows, test_split
+from treelora.tree import TreeKind
 from treelora_platform.config import ExperimentConfig, StreamConfig
 from treelora_platform.prepare import joint_steps, steps_of
 
@@ -101,8 +104,8 @@ def memory_config(config: ExperimentConfig, engine: Engine) -> MemoryConfig:
     return MemoryConfig(
         layers=layers,
         sketch_size=options.sketch_size,
-        tree=options.tree,
-        search=options.search,
+        tree=cast(TreeKind, options.tree),  # `official` doesn't come here
+        search=cast(Search, options.search),
         blocks=options.blocks,
         exploration=options.exploration,
         bound=options.bound,
@@ -127,6 +130,8 @@ def _arms_within(options: TreeLoRAOptions, layers: int, tensors: Mapping[str, Te
 
 
 def _method(config: ExperimentConfig, engine: Engine, make_memory: MakeMemory) -> Method:
+    if config.method == "treelora" and config.treelora.search == "official":
+        return OfficialTreeLoRA(config.treelora, config.seed)
     if config.method == "treelora":
         memory = make_memory(memory_config(config, engine)) if engine.rank == 0 else None
         return TreeLoRA(config.treelora, memory, config.seed)

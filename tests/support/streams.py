@@ -74,6 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gradient soft": {"treelora": {"signature": "gradient", "penalty": "soft", "search": "flat_lcb"}},
     "gradient sign full": {"treelora": {"signature": "gradient", "penalty": "sign", "search": "full"}},
     "value fresh": {"treelora": {"signature": "adapter_value", "penalty": "prox", "start": "fresh"}},
+    "official": {"treelora": {"preset": "official"}, "train": {"steps": None, "epochs": 0.6}},
     "query exact": {"treelora": {"preset": "paper", "search": "flat_lcb"}},
     "query soft full": {"treelora": {"signature": "query", "penalty": "soft", "search": "full"}},
     "tree_node pooled": {"treelora": {"start": "tree_node", "noise": "pooled"}},

@@ -30,6 +30,8 @@ class TaskContext:
     """This worker's micro-batches of a step (from 0), on the engine's device."""
     normaliser: Callable[[int], float] = field(repr=False)
     """What `answer_loss` divides a step's sum by, so that the mean over ranks is the mean over the global batch."""
+    global_batch: int = 1
+    """Rows of a step, over all ranks."""
     sizes: tuple[int, ...] = ()
     """Training rows of every unit of the stream up to this one."""
     fetch: Callable[[Sequence[tuple[int, int]]], Batch] = field(default=lambda rows: _no_rows(rows), repr=False)

@@ -6,13 +6,16 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from treelora.bandit import Bound, Noise, Search
+from treelora.bandit import Bound, Noise
+from treelora.bandit import Search as MemorySearch
 from treelora.options import Options
-from treelora.tree import TreeKind
+from treelora.tree import TreeKind as MemoryTree
 
 Preset = Literal["treelora", "paper", "official", "plus"]
 Signature = Literal["probe_b", "gradient", "query", "adapter_value"]
 Penalty = Literal["prox", "none", "soft", "exact", "sign", "official"]
+Search = MemorySearch | Literal["official"]
+TreeKind = MemoryTree | Literal["official"]
 Start = Literal["continue", "fresh", "tree_node"]
 Inference = Literal["last", "merged", "routed"]
 
@@ -32,7 +35,6 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "tree": "official",
         "penalty": "official",
         "strength": 0.5,
-        "exploration": 1.0,
     },
     "plus": {"start": "tree_node", "inference": "routed"},
 }
@@ -80,16 +82,17 @@ class TreeLoRAOptions(Options):
             )
         if self.start == "tree_node" and self.signature != "probe_b":
             raise ValueError(
-                f"start 'tree_node' must know the task before it is learnt; set signature to probe_b, not {self.signature}"
+                f"start 'tree_node' needs the signature beforehand; set signature to probe_b, not {self.signature}"
             )
         if self.blocks != 1 and self.tree != "medoid":
             raise ValueError(f"blocks {self.blocks}: only the medoid tree has blocks; set blocks to 1")
-        official = {"search": self.search, "tree": self.tree, "penalty": self.penalty}
-        chosen = [axis for axis, value in official.items() if value == "official"]
-        if chosen and self.signature != "adapter_value":
-            raise ValueError(f"{chosen[0]} 'official' works on values of A; set signature to adapter_value")
-        if ("search" in chosen) != ("tree" in chosen):
-            raise ValueError("search and tree are 'official' together or not at all: the one reads the other's splits")
-        if self.budget_mib is not None and chosen:
-            raise ValueError("budget_mib: the released code never merges tasks; leave it out with 'official'")
+        axes = {"search": self.search, "tree": self.tree, "penalty": self.penalty}
+        official = [axis for axis, value in axes.items() if value == "official"]
+        if official and (len(official) < len(axes) or self.signature != "adapter_value"):
+            raise ValueError(
+                f"{official[0]} 'official': the released search, tree and penalty work on its own sums of values of A, "
+                "so they go together; set preset to official and leave signature, search, tree and penalty out"
+            )
+        if official and (self.start != "continue" or self.budget_mib is not None):
+            raise ValueError("start and budget_mib: the released code goes on from the last task and merges nothing")
         return self
