@@ -17,6 +17,7 @@ from treelora.evaluation.matrix import Score
 from treelora.loop import Position, StepRecord, StreamLoop, TaskRecord
 from treelora.methods import TreeLoRA
 from treelora_platform.checkpoint import Commit, newest_commit, write_commit
+from treelora_platform.diagnostics import PenaltyWatch
 from treelora_platform.recorder import Recorder
 from treelora_platform.tracking import Uploader
 
@@ -28,6 +29,7 @@ class PlatformHooks:
         self.run_dir, self.keep = run_dir, keep
         self.recorder, self.uploader = recorder, uploader
         self._memory_bytes: int | None = None
+        self._penalty = PenaltyWatch()
         self.saved: set[str] = set()
         """Adapters that the newest commit has on disk."""
 
@@ -47,6 +49,8 @@ class PlatformHooks:
                 steps=steps,
                 loss=record.loss,
             )
+            if warning := self._penalty.see(record, steps):
+                self.recorder.event("warning", what=warning)
             if self.recorder.add_step(record):
                 self._notify()
 
