@@ -231,4 +231,7 @@ class DeepSpeedEngine:
     def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
         if self.stage < 3:
             return nullcontext()
+        for parameter in parameters:
+            # gradients taken beside the step end at the adapters, and leave them marked as in use by their modules
+            parameter.ds_active_sub_modules.clear()  # type: ignore[operator, union-attr]
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)

@@ -144,11 +144,20 @@ class Arms(Recorded):
         self.seen = [*getattr(self, "seen", []), *self.loop.method.arms_L.tolist()]  # type: ignore[attr-defined]
 
 
-def whole_stream(folder: str, world: int, make_engine: Any) -> dict[str, Any]:
+STREAMS: dict[str, tuple[int, dict[str, Any]]] = {
+    "prox": (2, {"search": "flat_lcb", "exploration": 0.0}),
+    "query soft": (3, {"signature": "query", "penalty": "soft", "search": "full"}),
+    "exact": (1, {"preset": "paper", "exploration": 0.0, "strength": 0.1}),
+    "official": (2, {"preset": "official"}),
+}
+"""ZeRO stage and settings of method treelora."""
+
+
+def whole_stream(folder: str, world: int, variant: str, make_engine: Any) -> dict[str, Any]:
     """Three tasks with method treelora, with the memory on rank 0."""
     hooks = Arms()
-    zero = {"kind": "deepspeed", "zero_stage": 2}
-    settings = {"search": "flat_lcb", "exploration": 0.0}
+    stage, settings = STREAMS[variant]
+    zero = {"kind": "deepspeed", "zero_stage": stage}
     config = tiny_config(
         Path(folder), engine=zero, cluster={"workers": world}, treelora=settings, lora={"dropout": 0.0}
     )
@@ -164,7 +173,7 @@ def whole_stream(folder: str, world: int, make_engine: Any) -> dict[str, Any]:
         "losses": [record.loss for record in hooks.steps],
         "scores": [score.score for score in hooks.scores],
         "final": hooks.loop.bank[-1],
-        "has_memory": hooks.loop.method.memory is not None,  # type: ignore[attr-defined]
+        "has_memory": getattr(hooks.loop.method, "memory", None) is not None,
     }
 
 
@@ -172,9 +181,13 @@ def on_deepspeed(rank: int, world: int, folder: str) -> dict[str, Any]:
     from treelora_platform.engine import DeepSpeedEngine
 
     results: dict[str, Any] = {}
-    results["stream"] = whole_stream(
-        folder, world, lambda module, spec, config: DeepSpeedEngine(module, spec, config, torch.device("cpu"))
-    )
+    for variant in STREAMS:
+        results[variant] = whole_stream(
+            folder,
+            world,
+            variant,
+            lambda module, spec, config: DeepSpeedEngine(module, spec, config, torch.device("cpu")),
+        )
     for stage, accumulation in CASES:
         config = parse_config(
             {
@@ -218,18 +231,23 @@ def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], ato
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_ranks_agree_on_every_arm_and_with_one_process(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
-    streams = [rank["stream"] for rank in ranks]
+@pytest.mark.parametrize("variant", STREAMS)
+def test_ranks_agree_on_every_arm_and_with_one_process(
+    ranks: list[dict[str, Any]], tmp_path: Path, variant: str
+) -> None:
+    streams = [rank[variant] for rank in ranks]
     one = streams[0]
-    assert [stream["has_memory"] for stream in streams] == [True, False][: len(ranks)]
-    alone = whole_stream(str(tmp_path), 1, lambda module, spec, config: TorchEngine(module, spec))
+    expected = [True, False][: len(ranks)] if variant != "official" else [False] * len(ranks)
+    assert [stream["has_memory"] for stream in streams] == expected
+    alone = whole_stream(str(tmp_path), 1, variant, lambda module, spec, config: TorchEngine(module, spec))
     layers = 4
     assert len(one["arms"]) == 2 * STEPS * layers
     assert set(one["arms"]) == {0, 1}
-    close(one["final"], alone["final"], 1e-4)  # Adam magnifies the last bits of small gradients
+    # Adam magnifies the last bits of small gradients; a finite difference magnifies them once more
+    close(one["final"], alone["final"], 5e-3 if variant == "exact" else 1e-4)
     for stream in streams:
         assert stream["arms"] == alone["arms"]
-        assert stream["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert stream["losses"] == pytest.approx(alone["losses"], rel=1e-3 if variant == "exact" else 1e-4)
         assert stream["scores"] == alone["scores"]
         assert stream["losses"] == one["losses"]
         assert all(torch.equal(tensor, one["final"][name]) for name, tensor in stream["final"].items())

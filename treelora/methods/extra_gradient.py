@@ -21,18 +21,19 @@ def adapter_gradient(engine: Engine, losses: Iterable[Callable[[], Tensor]]) -> 
     Returns:
         A gradient a tensor of the adapter, of its shape; zero where the losses don't depend on it.
     """
-    parameters = adapter_parameters(engine.module)
-    tensors = list(parameters.values())
-    flat = torch.zeros(sum(tensor.numel() for tensor in tensors), device=engine.device)
+    parameters = list(adapter_parameters(engine.module).values())
+    # asked of the engine, because a parameter that ZeRO-3 has put away is empty
+    shapes = {name: tensor.shape for name, tensor in engine.adapter_tensors().items()}
+    flat = torch.zeros(sum(shape.numel() for shape in shapes.values()), device=engine.device)
     for loss in losses:
-        gradients = torch.autograd.grad(loss(), tensors, allow_unused=True)
+        gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
         flat += torch.cat(
             [
-                (torch.zeros_like(tensor) if gradient is None else gradient.detach()).reshape(-1).float()
-                for tensor, gradient in zip(tensors, gradients, strict=True)
+                flat.new_zeros(shape.numel()) if gradient is None else gradient.detach().reshape(-1).float()
+                for shape, gradient in zip(shapes.values(), gradients, strict=True)
             ]
         )
-    return unflatten(engine.all_reduce(flat, mean=True), {name: tensor.shape for name, tensor in parameters.items()})
+    return unflatten(engine.all_reduce(flat, mean=True), shapes)
 
 
 def flatten(tensors: dict[str, Tensor]) -> Tensor:

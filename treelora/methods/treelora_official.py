@@ -25,6 +25,8 @@ from treelora.official import Accumulator, OfficialSearch, epoch_place, official
 from treelora.official_tree import OfficialTree
 from treelora.sketch import PURPOSE_OFFICIAL, keyed_bits
 
+NO_ARMS = np.empty(0, np.int64)
+
 
 class OfficialTreeLoRA(Method):
     """The released code's behaviour: search, tree and penalty `official` on values of A."""
@@ -37,7 +39,7 @@ class OfficialTreeLoRA(Method):
         """What each past task left behind, c [L, D] float32."""
         self._accumulator = Accumulator()
         self._search: OfficialSearch | None = None
-        self._arms_L: np.ndarray | None = None
+        self.arms_L: np.ndarray = NO_ARMS
         self._loss: Tensor | None = None
         self._last = StepMetrics()
 
@@ -45,7 +47,7 @@ class OfficialTreeLoRA(Method):
         """See `Method`."""
         self._task, self._engine = task, engine
         self._epochs = max(1, min(task.steps, round(task.steps * task.global_batch / task.sizes[-1])))
-        self._accumulator, self._search, self._arms_L, self._last = Accumulator(), None, None, StepMetrics()
+        self._accumulator, self._search, self.arms_L, self._last = Accumulator(), None, NO_ARMS, StepMetrics()
         if self.past:
             past_NLD = torch.stack(self.past).to(engine.device)
             self._search = OfficialSearch(past_NLD, OfficialTree.build(past_NLD), 1)
@@ -76,8 +78,8 @@ class OfficialTreeLoRA(Method):
             bits = keyed_bits(
                 self.seed, self._task.index, len(accumulated_LD) + 1, purpose=PURPOSE_OFFICIAL, block=step
             )
-            self._arms_L = self._search.select((bits >> np.uint64(11)) * 2.0**-53)
-            self._search.observe(self._arms_L, accumulated_LD)
+            self.arms_L = self._search.select((bits >> np.uint64(11)) * 2.0**-53)
+            self._search.observe(self.arms_L, accumulated_LD)
 
     def loss(self, engine: Engine, batch: Batch, normaliser: float) -> Tensor:
         """See `Method`."""
@@ -87,10 +89,10 @@ class OfficialTreeLoRA(Method):
 
     def after_backward(self, engine: Engine) -> None:
         """See `Method`."""
-        if self._search is None or self._arms_L is None or self._loss is None:
+        if self._search is None or self._loss is None:
             return
         values = self._values()
-        anchors = [self._search.past_NLD[arm, layer] for layer, arm in enumerate(self._arms_L)]
+        anchors = [self._search.past_NLD[arm, layer] for layer, arm in enumerate(self.arms_L)]
         loss = engine.all_reduce(self._loss, mean=True)
         penalty, pulls = official_penalty(list(values.values()), anchors, loss, self._weight)
         gradients = engine.adapter_gradients()
@@ -99,7 +101,7 @@ class OfficialTreeLoRA(Method):
         by_penalty = torch.stack([pull.norm() for pull in pulls]).norm()
         by_loss = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().clamp_min(1e-30)
         scalars: dict[str, float | Tensor] = {"penalty_loss": penalty, "penalty_ratio": by_penalty / by_loss}
-        self._last = StepMetrics(scalars, tuple(int(arm) for arm in self._arms_L))
+        self._last = StepMetrics(scalars, tuple(int(arm) for arm in self.arms_L))
 
     def step_skipped(self) -> None:
         """See `Method`."""
@@ -109,7 +111,7 @@ class OfficialTreeLoRA(Method):
         """See `Method`."""
         assert self._accumulator.sum_LD is not None
         self.past.append(self._accumulator.sum_LD.float().cpu().clone())
-        self._accumulator, self._search, self._arms_L = Accumulator(), None, None
+        self._accumulator, self._search, self.arms_L = Accumulator(), None, NO_ARMS
 
     def metrics(self) -> StepMetrics:
         """See `Method`."""
