@@ -161,32 +161,45 @@ class SignatureTree:
     def insert(self, signatures: np.ndarray) -> SignatureTree:
         """Add one task, the last row of signatures [N + 1, L, K]; the others are this tree's, in order.
 
-        Descend to the nearest branch, the one that holds the nearest task (L1, mean over all layers; ties:
-        the earliest), down to that task's leaf, and put the new leaf beside it. Diameters stay exact. O(N L
-        K).
+        From the root, go down to the child whose tasks are nearer in the mean (L1, over all layers; ties: left) as
+        long as the task is nearer to a node's tasks than the node is wide (its mean delta over layers). Where it isn't,
+        or at a leaf, a new node takes the place, with the old node and the new leaf below it: a task that belongs to no
+        branch gets one of its own. Diameters stay exact if they were. O(N L K).
 
-        Promise: the old tasks keep their branches, and a family whose tasks are nearer to each other than to
-        any other task stays one branch. A rebuild may regroup old tasks, so it gives the same families where
-        they are well separated, but in general not the same tree.
+        Promise: the old tasks keep their branches, and families that are nearer within than they are apart stay one
+        branch each, in whatever order their tasks come. A rebuild may regroup old tasks, so in general it gives another
+        tree, and a better one: on synthetic families an adjusted Rand index of .99 against .73 (docs/simulation.md).
         """
         signatures = tree_check.checked_signatures(signatures)
         if signatures.shape[0] != self.tasks + 1 or signatures.shape[1] != self.layers:
             need = f"[{self.tasks + 1}, {self.layers}, K] with the new task last"
             raise DataError(f"insert: signatures {list(signatures.shape)}, need {need}")
         distance_NL = layer_distances(signatures[-1], signatures[:-1])
-        leaf = node = int(self.leaf[distance_NL.mean(axis=1).argmin()])
-        delta = self.delta.copy()
-        while node >= 0:
-            delta[node] = np.maximum(delta[node], distance_NL[self.tasks_below(node)].max(axis=0))
-            node = int(self.parent[node])
+        near_N, width_M = distance_NL.mean(axis=1), self.delta.mean(axis=1)
+        delta, node = self.delta.copy(), 0
+        while True:
+            below = self.tasks_below(node)
+            farthest_L = distance_NL[below].max(axis=0)
+            if self.left[node] < 0 or near_N[below].mean() >= width_M[node]:
+                break
+            delta[node] = np.maximum(delta[node], farthest_L)
+            sides = int(self.left[node]), int(self.right[node])
+            node = min(sides, key=lambda side: near_N[self.tasks_below(side)].mean())
 
-        shifted = [np.where(side > leaf, side + 2, side) for side in (self.left, self.right)]
-        left, right = (np.insert(side, leaf + 1, [-1, -1]) for side in shifted)
-        left[leaf], right[leaf] = leaf + 1, leaf + 2
-        task = np.insert(self.task, leaf + 1, [self.task[leaf], self.tasks])
-        task[leaf] = -1
-        delta = np.insert(delta, leaf + 1, np.zeros((2, self.layers)), axis=0)
-        return SignatureTree(left, right, task, delta, self.kind, self.blocks)
+        end = node + 2 * int(self.size[node]) - 1
+        place = np.arange(self.nodes)
+        place += (place >= node).astype(int) + (place >= end)
+        child = place.copy()
+        child[node] = node  # whoever pointed here points to the new node
+        left, right, task = (np.full(self.nodes + 2, -1) for _ in range(3))
+        for new, old in ((left, self.left), (right, self.right)):
+            new[place] = np.where(old >= 0, child[old], -1)
+        task[place] = self.task
+        left[node], right[node], task[end + 1] = node + 1, end + 1, self.tasks
+        grown = np.zeros((self.nodes + 2, self.layers))
+        grown[place] = delta
+        grown[node] = np.maximum(delta[node], farthest_L)
+        return SignatureTree(left, right, task, grown, self.kind, self.blocks)
 
     def remove(self, task: int) -> SignatureTree:
         """Without one task; later tasks move down by one.
