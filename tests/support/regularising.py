@@ -1,4 +1,4 @@
-"""What the tests of regularising, projecting and replaying methods share: a loop with a method of one's own, oracles."""
+"""What tests of regularising, projecting and replaying methods share: a loop with a method of one's own, oracles."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,7 +54,7 @@ def scramble(loop: StreamLoop, seed: int, size: float = 0.3) -> dict[str, Tensor
 
 def row_loss(loop: StreamLoop, unit: int, row: int) -> tuple[Tensor, int]:
     """-log p(answer | prompt) of a training row, without padding or batch, and its answer tokens."""
-    prompt, answer = ([int(token) for token in ids] for ids in loop.units[unit].pair(row))  # type: ignore[union-attr]
+    prompt, answer = (np.asarray(ids).tolist() for ids in loop.units[unit].pair(row))
     logits = loop.engine.module(input_ids=torch.tensor([prompt + answer])).logits[0]
     return F.cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(answer), reduction="sum"), len(answer)
 
@@ -73,7 +74,8 @@ def mean_gradient(loop: StreamLoop, rows: Sequence[tuple[int, int]]) -> Tensor:
 def execute_with(method: Method, run_dir: Path, **changes: Any) -> StreamLoop:
     """Go on to the end of the stream from the newest commit in a folder, with dropout."""
     config = tiny_config(
-        run_dir.parent, **({"method": "sequential", "lora": {"dropout": 0.1}, "evaluation": {"modes": ["last"]}} | changes)
+        run_dir.parent,
+        **({"method": "sequential", "lora": {"dropout": 0.1}, "evaluation": {"modes": ["last"]}} | changes),
     )
     recorder = Recorder(run_dir, list(prepare_stream(config).stream))
     loop = build_loop(config, PlatformHooks(run_dir, config.checkpoint.keep, recorder, None))

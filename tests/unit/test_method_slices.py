@@ -1,0 +1,180 @@
+"""Slices of one adapter for all tasks: who may move what, and that the whole is the sum of its slices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.regularising import context, loop_with, row_loss, scramble
+from tests.support.streams import same_adapter
+from treelora.adapters import adapter_parameters, fresh_tensor, layer_names
+from treelora.engine import read_adapter
+from treelora.errors import ConfigError
+from treelora.loop import StreamLoop
+from treelora.methods.olora import OLoRA, OLoRAOptions
+from treelora.methods.sequential import Sequential
+from treelora.methods.slices import Accumulating, Slices, cut, fresh_rows
+
+R, N = 2, 3
+WIDE = {"rank": N * R, "alpha": N * 8, "dropout": 0.0}
+A, B = "x.lora_A.weight", "x.lora_B.weight"
+
+
+def wide_loop(method: Accumulating, folder: Path, **changes: Any) -> StreamLoop:
+    return loop_with(method, folder, **({"lora": WIDE} | changes))
+
+
+def plain() -> OLoRA:
+    """Slices and nothing else."""
+    return OLoRA(OLoRAOptions(strength=0.0), rank=R)
+
+
+def test_places() -> None:
+    place = Slices(rank=2, index=1)
+    a, b = torch.arange(18.0).reshape(6, 3), torch.arange(24.0).reshape(4, 6)
+    assert cut(A, a, place.own).tolist() == [[6.0, 7.0, 8.0], [9.0, 10.0, 11.0]]
+    assert cut(B, b, place.own)[0].tolist() == [2.0, 3.0]
+    assert cut(A, a, place.past).tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert cut(B, b, place.past)[3].tolist() == [18.0, 19.0]
+    cut(B, b, place.own).zero_()
+    assert b[:, 2:4].abs().sum() == 0
+    assert cut(A, a, Slices(2, 0).past).shape == (0, 3)
+
+
+def test_fresh_rows_are_uniform_and_their_own() -> None:
+    shape = torch.Size((8, 576))
+    rows = fresh_rows(A, shape, 0, 0)
+    bound = 576**-0.5
+    assert rows.dtype == torch.float32
+    assert rows.shape == shape
+    assert rows.min() >= -bound
+    assert rows.max() < bound
+    # of 4608 uniform numbers: mean 0 +- bound / sqrt(3 * 4608), variance bound^2 / 3
+    assert abs(float(rows.mean())) < 4 * bound / (3 * rows.numel()) ** 0.5
+    assert float(rows.var()) == pytest.approx(bound**2 / 3, rel=0.05)
+    assert torch.equal(rows, fresh_rows(A, shape, 0, 0))
+    others = [fresh_rows(A, shape, 1, 0), fresh_rows(A, shape, 0, 1), fresh_rows("y.lora_A.weight", shape, 0, 0)]
+    for other in others:
+        correlation = np.corrcoef(rows.flatten(), other.flatten())[0, 1]
+        assert abs(correlation) < 5 / rows.numel() ** 0.5
+
+
+def test_the_update_is_the_sum_of_the_slices_at_an_ordinary_adapter_s_scale(tmp_path: Path) -> None:
+    """Three slices at work give the loss of base weights to which the three products, times alpha / r, were added."""
+    loop = wide_loop(plain(), tmp_path)
+    state = scramble(loop, 0)
+    with_slices = float(row_loss(loop, 0, 0)[0].detach())
+    assert with_slices != pytest.approx(loss_without(loop), rel=1e-3)
+
+    scale, module = 8 / R, loop.engine.module
+    for layer in layer_names(list(state)):
+        a, b = state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"]
+        change = torch.zeros(b.shape[0], a.shape[1])
+        for index in range(N):
+            own = Slices(R, index).own
+            change += scale * b[:, own] @ a[own]
+        module.get_submodule(layer).base_layer.weight.data += change  # type: ignore[operator,union-attr]
+    assert loss_without(loop) == pytest.approx(with_slices, rel=1e-5)
+
+
+def loss_without(loop: StreamLoop) -> float:
+    with loop.engine.module.disable_adapter(), torch.no_grad():  # type: ignore[operator]
+        return float(row_loss(loop, 0, 0)[0])
+
+
+@pytest.mark.parametrize("index", range(N))
+def test_only_the_own_slice_gets_gradients(index: int, tmp_path: Path) -> None:
+    loop = wide_loop(plain(), tmp_path)
+    engine, method = loop.engine, loop.method
+    scramble(loop, 0)
+    row_loss(loop, index, 0)[0].backward()
+    everything = {name: tensor.clone() for name, tensor in engine.adapter_gradients().items()}
+    engine.drop_gradients()
+
+    method.resume_task(context(loop, index), engine, [])
+    row_loss(loop, index, 0)[0].backward()
+    own = slice(index * R, (index + 1) * R)
+    for name, gradient in engine.adapter_gradients().items():
+        expected = torch.zeros_like(gradient)
+        cut(name, expected, own).copy_(cut(name, everything[name], own))
+        assert torch.equal(gradient, expected)
+        assert expected.any()
+    engine.drop_gradients()
+
+    method.end_task(engine)
+    assert not any(p._backward_hooks for p in adapter_parameters(engine.module).values())
+    row_loss(loop, index, 0)[0].backward()
+    assert same_adapter(engine.adapter_gradients(), everything)
+
+
+def test_a_task_starts_in_its_own_slice_and_leaves_the_others(tmp_path: Path) -> None:
+    loop = wide_loop(plain(), tmp_path)
+    before = scramble(loop, 0)
+    loop.method.begin_task(context(loop, 1), loop.engine, [])
+    own = slice(R, 2 * R)
+    for name, tensor in read_adapter(loop.engine).items():
+        expected = before[name].clone()
+        part = cut(name, expected, own)
+        part.copy_(fresh_rows(name, part.shape, 1, 0) if ".lora_A." in name else torch.zeros_like(part))
+        assert torch.equal(tensor, expected)
+
+
+def test_the_first_task_is_plain_training_of_an_ordinary_adapter(tmp_path: Path) -> None:
+    wide = wide_loop(plain(), tmp_path)
+    wide.units = wide.units[:1]
+    narrow = loop_with(Sequential(), tmp_path, lora={"rank": R, "alpha": 8, "dropout": 0.0})
+    narrow.units = narrow.units[:1]
+    starts = {name: fresh_tensor(name, t.shape, 0) for name, t in narrow.engine.adapter_tensors().items()}
+    starts |= {name: fresh_rows(name, t.shape, 0, 0) for name, t in starts.items() if ".lora_A." in name}
+    narrow.engine.write_adapter(starts)
+    wide.run()
+    narrow.run()
+    for name, tensor in narrow.bank[0].items():
+        torch.testing.assert_close(cut(name, wide.bank[0][name], slice(0, R)), tensor, rtol=1e-4, atol=1e-6)
+        assert (tensor - starts[name]).abs().max() > 1e-3
+
+
+def test_past_slices_stay_and_coming_ones_wait(tmp_path: Path) -> None:
+    loop = wide_loop(plain(), tmp_path)
+    loop.run()
+    for index in range(N):
+        own, later = slice(index * R, (index + 1) * R), slice((index + 1) * R, N * R)
+        for name, tensor in loop.bank[index].items():
+            learnt = cut(name, tensor, own)
+            assert learnt.any()
+            assert all(torch.equal(cut(name, after[name], own), learnt) for after in loop.bank[index:])
+            if ".lora_B." in name:
+                assert not cut(name, tensor, later).any()
+
+
+def test_a_longer_stream_begins_as_a_shorter_one(tmp_path: Path) -> None:
+    longer = wide_loop(plain(), tmp_path)
+    shorter = wide_loop(plain(), tmp_path, lora={"rank": 2 * R, "alpha": 16, "dropout": 0.0})
+    for loop in (longer, shorter):
+        loop.units = loop.units[:2]
+        loop.run()
+    for name, tensor in shorter.bank[1].items():
+        torch.testing.assert_close(cut(name, longer.bank[1][name], slice(0, 2 * R)), tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rank", "index"), [(2, 3), (4, 0), (6, 1)])
+def test_a_task_without_a_slice_is_refused(rank: int, index: int, tmp_path: Path) -> None:
+    loop = wide_loop(OLoRA(rank=rank), tmp_path)
+    task = context(loop, 0)
+    with pytest.raises(ConfigError, match=rf"olora: task {index + 1} .* slice of rank {rank} in an adapter of rank 6"):
+        loop.method.begin_task(type(task)(**{**vars(task), "index": index}), loop.engine, [])
+
+
+def test_an_adapter_in_parts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = wide_loop(plain(), tmp_path)
+    [name, *_] = whole = loop.engine.adapter_tensors()
+    monkeypatch.setattr(loop.engine, "adapter_tensors", lambda: whole)
+    parameter = adapter_parameters(loop.engine.module)[name]
+    parameter.data = torch.empty(0)  # as ZeRO-3 leaves it
+    with pytest.raises(ConfigError, match=rf"olora: ZeRO-3 splits {name} of {whole[name].numel()} numbers"):
+        loop.method.begin_task(context(loop, 0), loop.engine, [])
+    assert not parameter._backward_hooks

@@ -1,0 +1,83 @@
+"""`olora`: O-LoRA (Wang et al., Findings of EMNLP 2023, arXiv 2310.14152): every task in a subspace of its own.
+
+A task learns a new slice of the adapter; the slices before it stay as they are. A penalty keeps the rows of its A
+orthogonal to those of all earlier tasks', whose span stands for the earlier gradients' subspace:
+
+    loss + lambda_1 * sum over layers and i < t of sum |A_i A_t^T|
+
+The paper writes squares of the entries, its authors' code takes absolute values; so do we, and lambda_1 is theirs. The
+optional L2 term of that code is zero in all its recipes and left out.
+
+Shapes: n r rows of past tasks, r own rows, A [R, in].
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from treelora.adapters import adapter_parameters
+from treelora.engine import Engine
+from treelora.methods.base import StepMetrics
+from treelora.methods.slices import Accumulating, cut, fresh_rows
+from treelora.options import Options
+
+
+class OLoRAOptions(Options):
+    """Settings of O-LoRA."""
+
+    strength: float = Field(0.5, ge=0, description="Lambda_1, the weight of the overlap with past tasks' subspaces.")
+    seed: int = Field(0, ge=0, description="Where the tasks' A start.")
+
+
+class OLoRA(Accumulating):
+    """O-LoRA."""
+
+    name = "olora"
+
+    def __init__(self, options: OLoRAOptions | None = None, *, rank: int) -> None:
+        super().__init__(rank=rank)
+        self.options = options or OLoRAOptions()
+        self._last = StepMetrics()
+
+    def start_a(self, name: str, part: Tensor) -> Tensor:
+        """See `Accumulating`."""
+        return fresh_rows(name, part.shape, self.slices.index, self.options.seed)
+
+    def penalty_loss(self, engine: Engine) -> Tensor | None:
+        """See `Method`."""
+        if self.slices.index == 0:
+            return None
+        overlaps = [
+            (parameter[self.slices.past].detach() @ parameter[self.slices.own].T).abs().sum()
+            for name, parameter in adapter_parameters(engine.module).items()
+            if ".lora_A." in name
+        ]
+        penalty = self.options.strength * torch.stack(overlaps).sum()
+        self._penalty = penalty.detach()
+        return penalty
+
+    def after_backward(self, engine: Engine) -> None:
+        """See `Method`."""
+        if self.slices.index == 0:
+            return
+        tensors, by_penalty, by_loss = engine.adapter_tensors(), [], []
+        for name, gradient in engine.adapter_gradients().items():
+            own = cut(name, gradient, self.slices.own)
+            if ".lora_A." in name:
+                past_a, own_a = tensors[name][self.slices.past], tensors[name][self.slices.own]
+                by_penalty.append(self.options.strength * (own_a @ past_a.T).sign() @ past_a)
+                own = own - by_penalty[-1]
+            by_loss.append(own.norm())
+        pulled = torch.stack([gradient.norm() for gradient in by_penalty]).norm()
+        ratio = pulled / torch.stack(by_loss).norm().clamp_min(1e-30)
+        self._last = StepMetrics({"penalty_loss": self._penalty, "penalty_ratio": ratio})
+
+    def step_skipped(self) -> None:
+        """See `Method`."""
+        self._last = StepMetrics()
+
+    def metrics(self) -> StepMetrics:
+        """See `Method`."""
+        return self._last
