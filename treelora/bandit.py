@@ -9,17 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from treelora.errors import CheckpointError, ConfigError, DataError
+from treelora.options.tree import Bound, Noise
+from treelora.options.tree import MemorySearch as Search
 from treelora.sketch import PURPOSE_ARMS, keyed_bits
 from treelora.tree import SignatureTree
-
-Search = Literal["tree_lcb", "flat_lcb", "full", "random"]
-Bound = Literal["smooth", "literal"]
-Noise = Literal["diameter", "pooled"]
 
 
 class TreeBandit:

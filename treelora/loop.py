@@ -37,6 +37,7 @@ class LoopOptions:
     max_bad_steps: int = 3
     commit_every: int | None = None
     seed: int = 0
+    forward: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ class TaskRecord:
     state_bytes: int
     """What the method keeps beside them."""
     router_accuracy: float | None
+    fallback_share: float | None = None
+    """Percent of the test prompts that were answered by an average, for want of a margin."""
+    mixed_up: tuple[tuple[int, int, int], ...] | None = None
+    """(task, the task that the router takes its prompts for, prompts), where these differ."""
 
 
 class Hooks(Protocol):
@@ -189,7 +194,7 @@ class StreamLoop:
         method.end_task(engine)
         self.bank.append(read_adapter(engine))
         method.merge_bank(self.bank)
-        self.position = replace(self.position, passes=passes.stop())
+        self.position = replace(self.position, passes=passes.stop(), train_seconds=time.perf_counter() - begin)
 
     def _step(self, task: TaskContext, unit: Unit, step: int) -> StepRecord:
         engine, method, options = self.engine, self.method, self.options
@@ -245,13 +250,20 @@ class StreamLoop:
                 self.hooks.stage(index, unit.name, "teaching the router")
                 self.evaluator.learn_task(self.evaluator.tests[task].task.name, split)
         seen = [task for done in self.units[: index + 1] for task in done.tasks]
+        unsure = self.evaluator.options.router_margin > 0
+        past = self.method.task_tree(self.engine) if unsure and self.bank else None
         scores = self.evaluator.score(
             seen,
             max(seen),
             unit.name,
             self.bank,
             lambda mode: self.hooks.stage(index, unit.name, f"scoring {len(seen)} tasks, inference {mode}"),
+            past.tree if past else None,
+            past.groups if past else None,
         )
+        if self.options.forward and self.method.trains and not self.method.joint:
+            scores += self._unlearnt(index)
+        router = self.evaluator.router_report(seen) if len(self.bank) == len(seen) else None
         steps = unit.plan.steps if self.method.trains else 0
         record = TaskRecord(
             task=unit.name,
@@ -263,9 +275,21 @@ class StreamLoop:
             passes=self.position.passes,
             adapter_bytes=self._bank_bytes(),
             state_bytes=_bytes(self.method.state_dict()) if self.method.trains else 0,
-            router_accuracy=self.evaluator.router_accuracy(seen) if len(self.bank) == len(seen) else None,
+            router_accuracy=router.accuracy if router else None,
+            fallback_share=router.fallback_share if router else None,
+            mixed_up=router.mixed_up if router else None,
         )
         self.hooks.scored(scores, record)
+
+    def _unlearnt(self, index: int) -> list[Score]:
+        """Scores of the next unit before it is learnt, and of the first one as the base model has them."""
+        name, scores = self.units[index].name, []
+        if index == 0:
+            scores += self.evaluator.score_unlearnt(0, index, name)[1:]
+        if index + 1 < len(self.units):
+            self.hooks.stage(index, name, f"scoring {self.units[index + 1].name} before it is learnt")
+            scores += self.evaluator.score_unlearnt(index + 1, index, name)
+        return scores
 
     def _bank_bytes(self) -> int:
         distinct = {id(state): state for state in self.bank}

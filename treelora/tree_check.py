@@ -5,13 +5,12 @@ Shapes: N tasks, L layers, K sketch numbers a layer, M = 2N - 1 nodes.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from treelora.errors import ConfigError, DataError
-
-TreeKind = Literal["medoid", "agglomerative", "paper"]
+from treelora.options.tree import MemoryTree as TreeKind
 
 
 def checked_signatures(signatures: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from treelora.evaluation.evaluator import EvaluationOptions, Evaluator
 from treelora.loop import Hooks, LoopOptions, StreamLoop
 from treelora.memory import MemoryConfig
 from treelora.methods import METHODS, Memory, Method, TreeLoRA, TreeLoRAOptions
+from treelora.methods.slices import Accumulating
 from treelora.methods.treelora_official import OfficialTreeLoRA
 from treelora.models.causal import ModelSpec, load_model, load_tokenizer
 from treelora.training_data import Split, TestSplit, Unit, choose_rows, test_split
@@ -76,6 +77,7 @@ def assemble(
             evaluation.max_new_tokens,
             evaluation.router_layer,
             evaluation.router_rows,
+            evaluation.router_margin,
         ),
         tokenizer,
         tokenizer.pad_token_id,
@@ -89,6 +91,7 @@ def assemble(
         max_bad_steps=train.max_bad_steps,
         commit_every=config.checkpoint.every_steps,
         seed=config.seed,
+        forward=evaluation.forward,
     )
     return StreamLoop(engine, _method(config, engine, make_memory), units, evaluator, options, hooks)
 
@@ -135,7 +138,10 @@ def _method(config: ExperimentConfig, engine: Engine, make_memory: MakeMemory) -
     if config.method == "treelora":
         memory = make_memory(memory_config(config, engine)) if engine.rank == 0 else None
         return TreeLoRA(config.treelora, memory, config.seed)
-    return METHODS[config.method](getattr(config, config.method, None))
+    kind, options = METHODS[config.method], getattr(config, config.method, None)
+    if issubclass(kind, Accumulating):
+        return kind(options, config.seed, rank=config.lora.rank)
+    return kind(options, config.seed)
 
 
 def build_data(

@@ -16,12 +16,16 @@ import yaml
 from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from treelora.errors import ConfigError
-from treelora.methods import METHODS
-from treelora.methods.treelora_options import Inference, TreeLoRAOptions
-from treelora.options import Options
+from treelora.options import Options, peers
+from treelora.options.tree import Inference, TreeLoRAOptions
 
 Source = Literal["builtin", "parquet", "olora", "trace", "jsonl", "csv", "hf"]
-MethodName = Literal["treelora", "sequential", "frozen", "joint"]
+MethodName = Literal[
+    "treelora", "sequential", "frozen", "joint", "olora", "inflora", "sdlora", "slao", "ewc", "agem", "gem", "ogd",
+    "replay", "lwf", "tasl",
+]  # fmt: skip
+# Whether a method's class says `accumulates`; said here as well, because this file must not import torch.
+ACCUMULATING = frozenset({"olora", "inflora", "sdlora"})
 # What PyYAML raises: apart from its own errors, whatever a wrong date, number, tag or a deep nest makes Python raise.
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
@@ -158,6 +162,14 @@ class EvaluationSettings(Options):
         8, ge=0, description="Layer of the frozen model whose mean-pooled features the router reads."
     )
     router_rows: int = Field(96, ge=2, description="Training rows a task that the router is fitted on.")
+    router_margin: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Log-likelihood margin below which the average of the tree node around the two likeliest tasks "
+        "answers; 0: never.",
+    )
+    forward: bool = Field(False, description="Also score each task before it is learnt, for forward transfer (FWT).")
     in_context_examples: int = Field(0, ge=0, description="Solved examples put before a test prompt (method `frozen`).")
 
 
@@ -198,6 +210,16 @@ class ExperimentConfig(Options):
     model: ModelConfig = ModelConfig()
     lora: LoraSettings = LoraSettings()
     treelora: TreeLoRAOptions = TreeLoRAOptions()
+    olora: peers.OLoRAOptions = peers.OLoRAOptions()
+    inflora: peers.InfLoRAOptions = peers.InfLoRAOptions()
+    sdlora: peers.SDLoRAOptions = peers.SDLoRAOptions()
+    ewc: peers.EWCOptions = peers.EWCOptions()
+    agem: peers.AGEMOptions = peers.AGEMOptions()
+    gem: peers.GEMOptions = peers.GEMOptions()
+    ogd: peers.OGDOptions = peers.OGDOptions()
+    replay: peers.ReplayOptions = peers.ReplayOptions()
+    lwf: peers.LwFOptions = peers.LwFOptions()
+    tasl: peers.TaSLOptions = peers.TaSLOptions()
     train: TrainSettings = TrainSettings(steps=16)
     engine: EngineSettings = EngineSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -221,7 +243,7 @@ class ExperimentConfig(Options):
             raise ValueError(
                 f"train.epochs_by_task has {len(self.train.epochs_by_task)} numbers for {len(self.stream.order)} tasks"
             )
-        if METHODS[self.method].accumulates and self.train.weight_decay:
+        if self.method in ACCUMULATING and self.train.weight_decay:
             raise ValueError(
                 f"train.weight_decay {self.train.weight_decay:g} would shrink what method {self.method} has learnt "
                 "before; set it to 0"

@@ -233,5 +233,5 @@ class DeepSpeedEngine:
             return nullcontext()
         for parameter in parameters:
             # gradients taken beside the step end at the adapters, and leave them marked as in use by their modules
-            parameter.ds_active_sub_modules.clear()  # type: ignore[operator, union-attr]
+            parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)

@@ -174,5 +174,6 @@ def bank_folders(loop: StreamLoop) -> tuple[str, ...]:
 
 
 def _mean_by_mode(scores: Sequence[Score]) -> dict[str, float]:
+    scores = [score for score in scores if score.after_index >= score.task_index]
     modes = dict.fromkeys(score.mode for score in scores)
     return {mode: float(torch.tensor([s.score for s in scores if s.mode == mode]).mean()) for mode in modes}

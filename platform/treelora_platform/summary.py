@@ -35,7 +35,7 @@ class ModeSummary:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """`seconds` and `tokens` are of training, `stored_bytes` of all adapters and of the task memory."""
+    """`seconds` and `tokens` are of training, `stored_bytes` of what is kept: adapters, the method's state, the memory."""
 
     name: str
     method: str
@@ -60,7 +60,7 @@ def summarise(run_dir: Path) -> RunSummary:
     steps = read_steps(run_dir, columns=["task", "step_seconds", "tokens"])
     if not (run or config or scores.num_rows or tasks.num_rows or steps.num_rows):
         raise DataError(f"{run_dir}: holds no run; give the folder that has run.json and tables/")
-    seconds = float(pc.sum(steps["step_seconds"]).as_py() or 0.0)
+    seconds = _training_seconds(tasks, steps)
     tokens = int(pc.sum(steps["tokens"]).as_py() or 0)
     return RunSummary(
         name=str(run.get("name") or config.get("name") or run_dir.name),
@@ -177,6 +177,13 @@ def format_bytes(count: float) -> str:
 def format_number(value: float | None) -> str:
     """Two decimals, none from a thousand on; a dash for what was not measured."""
     return NOT_MEASURED if value is None else f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _training_seconds(tasks: pa.Table, steps: pa.Table) -> float:
+    """What methods do before and after a task's steps counts; of a task that isn't finished only the steps are known."""
+    done = tasks.filter(tasks["train_seconds"].is_valid())
+    pending = steps.filter(pc.invert(pc.is_in(steps["task"], value_set=done["task"].combine_chunks())))
+    return float(pc.sum(done["train_seconds"]).as_py() or 0.0) + float(pc.sum(pending["step_seconds"]).as_py() or 0.0)
 
 
 def _stored_bytes(tasks: pa.Table) -> int:

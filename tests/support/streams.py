@@ -80,7 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tree_node pooled": {"treelora": {"start": "tree_node", "noise": "pooled"}},
     "budget": {"treelora": {"budget_mib": ONE_TASK_MIB, "start": "tree_node"}},
     "budget soft": {"treelora": {"signature": "gradient", "penalty": "soft", "budget_mib": ONE_TASK_MIB}},
-    "sequential": {"method": "sequential"},
+    "sequential": {"method": "sequential", "evaluation": {"forward": True}},
     "joint": {"method": "joint"},
 }
 

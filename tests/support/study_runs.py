@@ -39,7 +39,7 @@ tuning:
 def fake_run(score: Callable[[ExperimentConfig], float], seen: list[str] | None = None):
     """A stand-in for `run_experiment`: each task is learnt at `score` percent and loses 10 points with each later one.
 
-    Routed, it loses nothing. A step takes 0.5 s and, per task, a second comes on top; `seen` gets the names of the runs.
+    Routed, it loses nothing. `seen` gets the names of the runs.
     """
 
     def run(config, console):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from treelora.errors import ConfigError
-from treelora_platform.config import ExperimentConfig, json_schema, load_config, parse_config
+from treelora.methods import METHODS
+from treelora.options.tree import PRESETS, Preset
+from treelora_platform.config import ACCUMULATING, ExperimentConfig, MethodName, json_schema, load_config, parse_config
 from treelora_platform.recipes import FOLDER, recipe_path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -47,7 +49,7 @@ def from_text(folder: Path, text: str, overrides: list[str] | None = None) -> Ex
         ({"lora": {"rank": 2.5}}, "(found 2.5)"),
         ({"lora": 3}, "my.yaml: lora: Input should be a valid dictionary or instance of LoraSettings (found 3)"),
         ({"lora": {"rank": 0}}, "my.yaml: lora.rank: Input should be greater than or equal to 1 (found 0)"),
-        ({"method": "magic"}, "'treelora', 'sequential', 'frozen' or 'joint' (found 'magic')"),
+        ({"method": "magic"}, "'replay', 'lwf' or 'tasl' (found 'magic')"),
         (
             {"train": {"steps": 1, "learning_rate": float("inf")}},
             "train.learning_rate: Input should be a finite number",
@@ -270,3 +272,50 @@ def test_garbage_in_known_places(tree: dict[str, Any]) -> None:
         return
     assert parse_config(config.as_dict()) == config
     assert len(config.digest()) == 64
+
+
+def test_the_methods_are_those_of_the_library() -> None:
+    assert set(get_args(MethodName)) == METHODS.keys()
+    assert {name for name, method in METHODS.items() if method.accumulates} == ACCUMULATING
+    sections = ExperimentConfig.model_fields
+    without = {"sequential", "frozen", "joint", "slao"}
+    assert {name for name in METHODS if name not in sections} == without
+
+
+@pytest.mark.parametrize("name", sorted(ACCUMULATING))
+def test_weight_decay_would_shrink_what_accumulating_methods_have_learnt(name: str) -> None:
+    text = refusal({"method": name, "train": {"steps": 1, "weight_decay": 0.1}})
+    assert f"train.weight_decay 0.1 would shrink what method {name} has learnt before; set it to 0" in text
+
+
+@pytest.mark.parametrize("preset", get_args(Preset))
+def test_presets_fill_in_what_is_not_given_and_survive_a_round_trip(preset: str) -> None:
+    section = {"preset": preset, "sketch_size": 32}
+    config = parse_config({"treelora": section})
+    given = config.treelora.model_dump()
+    assert {key: given[key] for key in PRESETS[preset]} == PRESETS[preset]  # type: ignore[index]
+    assert given["sketch_size"] == 32
+    assert parse_config(yaml.safe_load(config.as_yaml())) == config
+    changed = parse_config({"treelora": section | {"strength": 0.77}}).treelora
+    assert changed.strength == 0.77
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"penalty": "exact"}, "set signature to gradient or query, not probe_b"),
+        ({"start": "tree_node", "signature": "gradient"}, "set signature to probe_b, not gradient"),
+        ({"search": "official"}, "they go together; set preset to official"),
+        ({"preset": "official", "signature": "query"}, "they go together; set preset to official"),
+        ({"preset": "official", "budget_mib": 1}, "merges nothing"),
+        ({"inference": "merged"}, "treelora.inference merged isn't among evaluation.modes ('last', 'routed')"),
+    ],
+)
+def test_axes_that_do_not_fit_are_refused(section: dict[str, Any], message: str) -> None:
+    assert message in refusal({"treelora": section})
+
+
+def test_other_methods_settings_do_not_change_a_runs_identity() -> None:
+    plain, other = parse_config({"method": "ewc"}), parse_config({"method": "ewc", "treelora": {"strength": 9}})
+    assert plain.digest() == other.digest()
+    assert plain.digest() != parse_config({"method": "ewc", "ewc": {"strength": 9}}).digest()

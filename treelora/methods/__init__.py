@@ -1,11 +1,25 @@
 """Continual-learning methods, one file each; `METHODS` is the registry."""
 
+from treelora.methods.agem import AGEM
 from treelora.methods.base import Method, StepMetrics, TaskContext
+from treelora.methods.ewc import EWC
 from treelora.methods.frozen import Frozen
+from treelora.methods.gem import GEM
+from treelora.methods.inflora import InfLoRA
 from treelora.methods.joint import Joint
+from treelora.methods.lwf import LwF
+from treelora.methods.ogd import OGD
+from treelora.methods.olora import OLoRA
+from treelora.methods.replay import Replay
+from treelora.methods.sdlora import SDLoRA
 from treelora.methods.sequential import Sequential
+from treelora.methods.slao import SLAO
+from treelora.methods.tasl import TaSL
 from treelora.methods.treelora import Memory, TreeLoRA, TreeLoRAOptions
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Frozen, Joint, Sequential, TreeLoRA)}
+_ALL: tuple[type[Method], ...] = (
+    TreeLoRA, Sequential, Frozen, Joint, OLoRA, InfLoRA, SDLoRA, SLAO, EWC, AGEM, GEM, OGD, Replay, LwF, TaSL,
+)  # fmt: skip
+METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 __all__ = ["METHODS", "Memory", "Method", "StepMetrics", "TaskContext", "TreeLoRA", "TreeLoRAOptions"]

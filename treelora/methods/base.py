@@ -15,6 +15,7 @@ from treelora.options import Options
 
 if TYPE_CHECKING:
     from treelora.data.batches import Batch
+    from treelora.memory_records import Past
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ class Method:
     replays: ClassVar[bool] = False
     """Whether rows of earlier tasks are seen again."""
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: Options | None = None, seed: int = 0) -> None:
         """Methods with settings of their own name their class of options in place of this one."""
+        self.seed = seed
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """Before the first step of a task; `bank` holds the adapters of the earlier tasks."""
@@ -100,6 +102,10 @@ class Method:
 
         Tasks that share one adapter share one object: `bank[i] is bank[j]`. Collective.
         """
+
+    def task_tree(self, engine: Engine) -> Past | None:
+        """Tree and groups over the tasks learnt so far, for routed inference; None: the method has none. Collective."""
+        return None
 
     def metrics(self) -> StepMetrics:
         """Of the last step."""

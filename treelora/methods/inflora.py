@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from treelora.adapters import AdapterState, layer_of
@@ -32,16 +31,8 @@ from treelora.engine import Engine
 from treelora.methods.base import TaskContext
 from treelora.methods.slices import Accumulating
 from treelora.models.causal import answer_logits
-from treelora.options import Options
+from treelora.options.peers import InfLoRAOptions
 from treelora.signature import adapted_modules
-
-
-class InfLoRAOptions(Options):
-    """Settings of InfLoRA; the authors' for CIFAR-100."""
-
-    energy: float = Field(0.95, gt=0, le=1, description="Share of its inputs' energy that the first task protects.")
-    final_energy: float = Field(1.0, gt=0, le=1, description="What that share rises to, evenly over the tasks.")
-    batches: int = Field(8, ge=1, description="Global batches that inputs are measured on, before and after a task.")
 
 
 class Space(NamedTuple):
@@ -59,8 +50,8 @@ class InfLoRA(Accumulating):
     name = "inflora"
     freezes_a = True
 
-    def __init__(self, options: InfLoRAOptions | None = None, *, rank: int) -> None:
-        super().__init__(rank=rank)
+    def __init__(self, options: InfLoRAOptions | None = None, seed: int = 0, *, rank: int) -> None:
+        super().__init__(options, seed, rank=rank)
         self.options = options or InfLoRAOptions()
         self.spaces: dict[str, Space] = {}
         """What past tasks protect, by layer."""

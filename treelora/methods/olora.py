@@ -14,21 +14,13 @@ Shapes: n r rows of past tasks, r own rows, A [R, in].
 from __future__ import annotations
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from treelora.adapters import adapter_parameters
 from treelora.engine import Engine
 from treelora.methods.base import StepMetrics
 from treelora.methods.slices import Accumulating, cut, fresh_rows
-from treelora.options import Options
-
-
-class OLoRAOptions(Options):
-    """Settings of O-LoRA."""
-
-    strength: float = Field(0.5, ge=0, description="Lambda_1, the weight of the overlap with past tasks' subspaces.")
-    seed: int = Field(0, ge=0, description="Where the tasks' A start.")
+from treelora.options.peers import OLoRAOptions
 
 
 class OLoRA(Accumulating):
@@ -36,14 +28,14 @@ class OLoRA(Accumulating):
 
     name = "olora"
 
-    def __init__(self, options: OLoRAOptions | None = None, *, rank: int) -> None:
-        super().__init__(rank=rank)
+    def __init__(self, options: OLoRAOptions | None = None, seed: int = 0, *, rank: int) -> None:
+        super().__init__(options, seed, rank=rank)
         self.options = options or OLoRAOptions()
         self._last = StepMetrics()
 
     def start_a(self, name: str, part: Tensor) -> Tensor:
         """See `Accumulating`."""
-        return fresh_rows(name, part.shape, self.slices.index, self.options.seed)
+        return fresh_rows(name, part.shape, self.slices.index, self.seed)
 
     def penalty_loss(self, engine: Engine) -> Tensor | None:
         """See `Method`."""

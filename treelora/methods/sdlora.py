@@ -23,21 +23,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from treelora.adapters import AdapterState, layer_names
 from treelora.engine import MOMENTS, Engine
 from treelora.methods.base import TaskContext
 from treelora.methods.slices import Accumulating, Slices, cut, fresh_rows
-from treelora.options import Options
-
-
-class SDLoRAOptions(Options):
-    """Settings of SD-LoRA."""
-
-    magnitude_rate: float = Field(1.0, ge=0, description="Learning rate of the magnitudes, in units of the weights'.")
-    seed: int = Field(0, ge=0, description="Where the tasks' A start.")
+from treelora.options.peers import SDLoRAOptions
 
 
 class SDLoRA(Accumulating):
@@ -45,8 +37,8 @@ class SDLoRA(Accumulating):
 
     name = "sdlora"
 
-    def __init__(self, options: SDLoRAOptions | None = None, *, rank: int) -> None:
-        super().__init__(rank=rank)
+    def __init__(self, options: SDLoRAOptions | None = None, seed: int = 0, *, rank: int) -> None:
+        super().__init__(options, seed, rank=rank)
         self.options = options or SDLoRAOptions()
         self.magnitudes_Lt = torch.zeros(0, 0)
         self._adam: torch.optim.AdamW | None = None
@@ -61,7 +53,7 @@ class SDLoRA(Accumulating):
 
     def start_a(self, name: str, part: Tensor) -> Tensor:
         """See `Accumulating`."""
-        return fresh_rows(name, part.shape, self.slices.index, self.options.seed)
+        return fresh_rows(name, part.shape, self.slices.index, self.seed)
 
     def open(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Accumulating`."""

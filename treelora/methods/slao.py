@@ -31,7 +31,8 @@ class SLAO(Method):
 
     name = "slao"
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: Options | None = None, seed: int = 0) -> None:
+        super().__init__(options, seed)
         self.tuned: AdapterState = {}
         """The last task's adapter as training left it."""
         self._task = 0

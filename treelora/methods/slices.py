@@ -70,8 +70,9 @@ class Accumulating(Method):
     freezes_a: ClassVar[bool] = False
     """Whether A is designed and not trained."""
 
-    def __init__(self, options: Options | None = None, *, rank: int) -> None:
+    def __init__(self, options: Options | None = None, seed: int = 0, *, rank: int) -> None:
         """With the rank of one task; the adapter's is N times that."""
+        super().__init__(options, seed)
         self.rank = rank
         self.slices = Slices(rank, 0)
         self._handles: list[RemovableHandle] = []

@@ -21,10 +21,10 @@ from treelora.adapters import AdapterState, fresh_tensor, layer_names, layer_of,
 from treelora.engine import Engine
 from treelora.memory_records import Groups, Past
 from treelora.methods.base import Method, StepMetrics, TaskContext
-from treelora.methods.treelora_options import TreeLoRAOptions
 from treelora.methods.treelora_pull import Losses, Scalars, arm_adapter, pull_adapter, pull_gradients
 from treelora.methods.treelora_signature import SignatureSource, pack_past, unpack_past
 from treelora.models.causal import answer_loss
+from treelora.options.tree import TreeLoRAOptions
 from treelora.sketch import residual
 
 S = TypeVar("S")
@@ -43,6 +43,10 @@ class Memory(Protocol):
 
     def collect(self) -> tuple[np.ndarray, np.ndarray]:
         """Answer of the last `submit`: arms int64 [L] and their bounds float32 [L]."""
+        ...
+
+    def past(self) -> Past:
+        """What the next task will be compared with."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -162,6 +166,10 @@ class TreeLoRA(Method):
         """Let tasks of one arm share one adapter and one signature: the means, weighted by rows."""
         share(bank, self._groups, self.task.sizes, mean_adapter)
         share(self.signatures, self._groups, self.task.sizes, _mean_tensors)
+
+    def task_tree(self, engine: Engine) -> Past | None:
+        """See `Method`."""
+        return engine.broadcast(self.memory.past() if self.memory else None)
 
     def metrics(self) -> StepMetrics:
         """See `Method`."""

@@ -19,10 +19,10 @@ from treelora.adapters import AdapterState
 from treelora.data.batches import Batch
 from treelora.engine import Engine
 from treelora.methods.base import Method, StepMetrics, TaskContext
-from treelora.methods.treelora_options import TreeLoRAOptions
 from treelora.models.causal import answer_loss
 from treelora.official import Accumulator, OfficialSearch, epoch_place, official_penalty, ramp, stack_values
 from treelora.official_tree import OfficialTree
+from treelora.options.tree import TreeLoRAOptions
 from treelora.sketch import PURPOSE_OFFICIAL, keyed_bits
 
 NO_ARMS = np.empty(0, np.int64)

@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from treelora.bandit import Bound, Noise
-from treelora.bandit import Search as MemorySearch
 from treelora.options import Options
-from treelora.tree import TreeKind as MemoryTree
 
+MemorySearch = Literal["tree_lcb", "flat_lcb", "full", "random"]
+MemoryTree = Literal["medoid", "agglomerative", "paper"]
+Bound = Literal["smooth", "literal"]
+Noise = Literal["diameter", "pooled"]
 Preset = Literal["treelora", "paper", "official", "plus"]
 Signature = Literal["probe_b", "gradient", "query", "adapter_value"]
 Penalty = Literal["prox", "none", "soft", "exact", "sign", "official"]

@@ -1,0 +1,136 @@
+"""`replay`: experience replay from a small reservoir (Rolnick et al., 2019, arXiv 1811.11682; Chaudhry et al., 2019,
+arXiv 1902.10486).
+
+At a task's end `share` of its training rows, one at least, goes into the reservoir, each row equally likely. From the
+second task on `fraction` of every step's rows is taken from there:
+
+    loss = (sum over own rows + weight * sum over replayed rows of -log p(answer)) / (answer tokens, weighted alike)
+
+**A replayed row takes the place of a row of the step's own**, drawn at random: as many rows, forward passes and, to the
+difference of rows' lengths, tokens a step as without replay (the tracked `tokens` are those of the step's own rows), at
+the price of seeing the task's own rows less often. Adding them on top would compare unequal budgets.
+
+Where this leaves the papers: their reservoir has a fixed size, here it grows with the rows seen, so that no row leaves
+it once it is in; what is kept of a task is a uniform sample without replacement of all its training rows.
+Kept: row numbers, 24 bytes each. The rows themselves must remain readable.
+
+Shapes: B rows, T tokens, G rows of a global batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from treelora.adapters import AdapterState
+from treelora.data.batches import NO_LOSS, Batch
+from treelora.engine import Engine
+from treelora.errors import ConfigError
+from treelora.methods.base import Method, TaskContext
+from treelora.methods.episodic import PURPOSE_REPLACED, EpisodicMemory, choose
+from treelora.models.causal import answer_logits
+from treelora.options.peers import ReplayOptions
+
+
+def join(own: Batch, kept: Sequence[int], replayed: Batch) -> Batch:
+    """The `kept` rows of one batch and all rows of another, left-padded to the wider one."""
+    width = max(own["labels"].shape[1], replayed["labels"].shape[1])
+
+    def joined(own_BT: Tensor, replayed_BT: Tensor, fill: int) -> Tensor:
+        parts = (own_BT[list(kept)], replayed_BT)
+        return torch.cat([F.pad(part, (width - part.shape[1], 0), value=fill) for part in parts])
+
+    return Batch(
+        input_ids=joined(own["input_ids"], replayed["input_ids"], 0),
+        attention_mask=joined(own["attention_mask"], replayed["attention_mask"], 0),
+        position_ids=joined(own["position_ids"], replayed["position_ids"], 0),
+        labels=joined(own["labels"], replayed["labels"], NO_LOSS),
+        answer_width=max(own["answer_width"], replayed["answer_width"]),
+    )
+
+
+class Replay(Method):
+    """Experience replay at equal rows a step."""
+
+    name = "replay"
+    replays = True
+
+    def __init__(self, options: ReplayOptions | None = None, seed: int = 0):
+        super().__init__(options, seed)
+        self.options = options or ReplayOptions()
+        self.memory = EpisodicMemory()
+
+    def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
+        """See `Method`."""
+        self.task, self.engine = task, engine
+
+    resume_task = begin_task
+
+    def before_step(self, step: int) -> None:
+        """Deal the replayed rows to this worker's micro-batches.
+
+        Raises:
+            ConfigError: there is one row a step, which can't be shared.
+        """
+        if not len(self.memory) or not self.options.fraction:
+            return
+        task, engine, options = self.task, self.engine, self.options
+        batches = task.micro_batches(step - 1)
+        rows = len(batches[0]["labels"])
+        total = rows * len(batches) * engine.world_size
+        count = max(1, round(options.fraction * total))
+        if count >= total:
+            raise ConfigError(
+                f"replay.fraction {options.fraction}: replays all of a step's {total} rows; raise train.global_batch"
+            )
+        drawn_M3 = self.memory.draw(count, self.seed, task.index, step)
+        places_G = sorted(choose(total, count, self.seed, task.index, PURPOSE_REPLACED, block=step))
+        self._plan: list[dict[int, tuple[int, int]]] = []
+        own_tokens = torch.zeros((), device=engine.device)
+        for number, batch in enumerate(batches):
+            first = (number * engine.world_size + engine.rank) * rows  # where the loop cut the global batch
+            plan = {
+                place - first: (int(unit), int(row))
+                for place, (unit, row, _) in zip(places_G, drawn_M3, strict=True)
+                if first <= place < first + rows
+            }
+            own_tokens += (batch["labels"] != NO_LOSS)[[i for i in range(rows) if i not in plan]].sum()
+            self._plan.append(plan)
+        tokens = float(engine.all_reduce(own_tokens)) + options.weight * int(drawn_M3[:, 2].sum())
+        self._normaliser = tokens / engine.world_size
+        self._place = 0
+
+    def loss(self, engine: Engine, batch: Batch, normaliser: float) -> Tensor:
+        """See `Method`."""
+        if not len(self.memory) or not self.options.fraction:
+            return super().loss(engine, batch, normaliser)
+        plan = self._plan[self._place]
+        self._place += 1
+        rows = len(batch["labels"])
+        if plan:
+            kept = [row for row in range(rows) if row not in plan]
+            batch = join(batch, kept, self.task.fetch(list(plan.values())))
+        logits_BWV, labels_BW = answer_logits(engine.forward_model(), batch)
+        losses = F.cross_entropy(
+            logits_BWV.flatten(0, 1).float(), labels_BW.flatten(), ignore_index=NO_LOSS, reduction="none"
+        )
+        weights_B = torch.ones(rows, device=losses.device)
+        weights_B[rows - len(plan) :] = self.options.weight
+        return (losses.view_as(labels_BW).sum(1) * weights_B).sum() / self._normaliser
+
+    def end_task(self, engine: Engine) -> None:
+        """See `Method`."""
+        rows = self.task.sizes[self.task.index]
+        self.memory.add(self.task, max(1, math.floor(self.options.share * rows + 0.5)), self.seed)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Method`."""
+        return self.memory.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """See `Method`."""
+        self.memory.load_state_dict(state)
