@@ -40,6 +40,10 @@ class LocalMemory:
         """See `Memory`."""
         return self.memory.end_task(task, sketch, mass)
 
+    def past(self) -> Past:
+        """See `Memory`."""
+        return self.memory.past()
+
     def describe(self) -> dict[str, Any]:
         """See `Memory`."""
         return self.memory.describe()

@@ -65,6 +65,10 @@ class TaskMemory:
                 f"begin_task({task!r}, {horizon}): expected end_task({self._task!r}), which is open "
                 f"with horizon {self._horizon}"
             )
+        return self.past()
+
+    def past(self) -> Past:
+        """What is known of the tasks that have ended."""
         return Past(self.arms.sketches_NLK.copy(), self.arms.groups, self.tree)
 
     def step(self, call: StepCall) -> Selection:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treelora.errors import TreeLoRAError
+from treelora_platform.simulate import simulate_app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Import tasks to Parquet, and look at them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(simulate_app, name="simulate")
 
 Overrides = Annotated[
     list[str] | None,
@@ -157,6 +159,40 @@ def extend(
 
     console = _console()
     show_run(extend_run(run_dir, source, path, task, console).run_dir, console)
+
+
+@app.command()
+@friendly
+def predict(
+    run_dir: RunDir,
+    file: Annotated[
+        str, typer.Argument(metavar="[FILE]", help="Text (a prompt a line), JSONL or Parquet; - is standard input.")
+    ] = "-",
+    inference: Annotated[
+        str | None, typer.Option(help="last, merged or routed; default: what the run is meant for.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Answer with this task's adapter, whatever the prompt.")] = None,
+    choices: Annotated[
+        str | None, typer.Option(help="a,b,c: choose among these, or '' to write freely; default: as the task does.")
+    ] = None,
+    router_margin: Annotated[
+        float | None, typer.Option(min=0, help="Margin below which an average answers; default: the run's.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest free answer; default: the run's.")] = None,
+    batch_rows: Annotated[int | None, typer.Option(min=1, help="Prompts a forward pass; default: the run's.")] = None,
+    form: Annotated[str | None, typer.Option("--format", help="text, jsonl or parquet; default: by the name.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the answers, as JSONL.")] = None,
+) -> None:
+    """Answer prompts with what a run has learnt: a table on a terminal, else a line of JSON for each prompt.
+
+    Which task a prompt comes from is not asked: with `routed` a router decides, and says how sure it is.
+    """
+    from treelora_platform.predict import PredictOptions, predict_file
+    from treelora_platform.predict_io import split_choices
+
+    own = split_choices(choices) if choices is not None else None
+    options = PredictOptions(inference, task, own, router_margin, max_new_tokens, batch_rows)
+    predict_file(run_dir, file, options, form=form, out=out, table=_console() if sys.stdout.isatty() else None)
 
 
 @app.command()

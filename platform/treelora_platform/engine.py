@@ -13,7 +13,6 @@ from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
     safe_set_full_grad,
     safe_set_full_optimizer_state,
 )
@@ -141,11 +140,10 @@ class DeepSpeedEngine:
 
     def write_adapter(self, state: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
-        on_device = {name: tensor.to(self.device, torch.float32) for name, tensor in state.items()}
-        self._write_module(on_device)
+        self._write_module(state)
         if self.stage > 0:
-            for name, tensor in on_device.items():
-                safe_set_full_fp32_param(self.parameters[name], tensor)
+            # all shards at once: DeepSpeed's setter for one parameter costs more than the whole copy
+            self.engine.optimizer.refresh_fp32_params()
 
     @contextmanager
     def using_adapter(self, state: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -224,9 +222,9 @@ class DeepSpeedEngine:
 
     def _write_module(self, state: Mapping[str, Tensor]) -> None:
         parameters = [self.parameters[name] for name in state]
+        on_device = [tensor.to(self.device, torch.float32) for tensor in state.values()]
         with self._gathered(parameters):
-            for parameter, tensor in zip(parameters, state.values(), strict=True):
-                parameter.data.copy_(tensor)
+            torch._foreach_copy_([parameter.data for parameter in parameters], on_device)
 
     def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
         if self.stage < 3:

@@ -41,6 +41,7 @@ class Recorder:
         self.run_dir, self.tasks = run_dir, {task.name: task for task in tasks}
         for folder in ("tables/steps", "tree", "adapters"):
             (run_dir / folder).mkdir(parents=True, exist_ok=True)
+        self._write_tasks()
         self._steps: list[StepRecord] = []
         self._flushed = time.monotonic()
         self._events = (run_dir / "events.jsonl").open("a", encoding="utf-8")
@@ -58,13 +59,15 @@ class Recorder:
             if part.last > position.global_step:
                 part.path.unlink()
         done = set(units[: position.unit])
-        for name, read, column in (("scores", read_scores, "after_task"), ("tasks", read_tasks, "task")):
+        for name, read in (("scores", read_scores), ("tasks", read_tasks)):
             table = read(self.run_dir)
+            if name == "scores":  # rows of before training were written when the task before theirs was judged
+                after = zip(table["after_task"].to_pylist(), table["task_index"].to_pylist(), strict=True)
+                kept = [unit in done or (not unit and task <= position.unit and bool(done)) for unit, task in after]
+            else:
+                kept = [unit in done for unit in table["task"].to_pylist()]
             if table.num_rows:
-                _write(
-                    table.filter(pa.array([unit in done for unit in table[column].to_pylist()])),
-                    self._table(name),
-                )
+                _write(table.filter(pa.array(kept)), self._table(name))
         for path in (self.run_dir / "tree").glob("*.json"):
             if int(path.name.split("-")[0]) >= position.unit + position.trained:
                 path.unlink()
@@ -105,6 +108,13 @@ class Recorder:
         scratch = path.with_suffix(".tmp")
         scratch.write_text(json.dumps(plain), encoding="utf-8")
         os.replace(scratch, path)
+
+    def _write_tasks(self) -> None:
+        """What must be known of the tasks to answer their prompts, when their data may be gone."""
+        tasks = {name: {"kind": t.kind, "choices": t.choices, "metric": t.metric} for name, t in self.tasks.items()}
+        scratch = self.run_dir / ".tasks.json"
+        scratch.write_text(json.dumps(tasks, indent=1), encoding="utf-8")
+        os.replace(scratch, self.run_dir / "tasks.json")
 
     def close(self) -> None:
         """Write what is left."""

@@ -70,6 +70,8 @@ TASKS = pa.schema(
         pa.field("state_bytes", pa.int64()),
         pa.field("memory_bytes", pa.int64()),
         pa.field("router_accuracy", pa.float64()),
+        pa.field("fallback_share", pa.float64()),
+        pa.field("mixed_up", pa.list_(pa.list_(pa.int32()))),
     ]
 )
 _PART = re.compile(r"(\d+)-(\d+)\.parquet")
@@ -163,6 +165,19 @@ def read_trees(run_dir: Path) -> list[TreeSnapshot]:
     found = ((path, _TREE.fullmatch(path.name)) for path in (folder.iterdir() if folder.is_dir() else ()))
     trees = [_read_tree(path, int(match[1])) for path, match in found if match]
     return sorted(trees, key=lambda tree: tree.after_index)
+
+
+def read_task_choices(run_dir: Path) -> dict[str, tuple[str, ...]]:
+    """Names of the stream's tasks in order, from `tasks.json`, and what their answers are chosen from; () is free text.
+
+    Empty where a run of an earlier version has none. Raises `DataError` for a file that holds something else.
+    """
+    path = run_dir / "tasks.json"
+    plain = _mapping(path, json.loads)
+    try:
+        return {str(name): tuple(map(str, task["choices"])) for name, task in plain.items()}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: is not a mapping of tasks to what they are ({error!r})") from None
 
 
 def read_run_json(run_dir: Path) -> dict[str, Any]:

@@ -44,6 +44,10 @@ class TreeKeeper:
         """See `TaskMemory.end_task`."""
         return self._opened().end_task(task, sketch, mass)
 
+    def past(self) -> Past:
+        """See `TaskMemory.past`."""
+        return self._opened().past()
+
     def state(self) -> dict[str, np.ndarray | str]:
         """See `TaskMemory.state_dict`."""
         return self._opened().state_dict()
@@ -111,6 +115,10 @@ class TreeClient:
     def end_task(self, task: str, sketch: np.ndarray, mass: float) -> Groups:
         """See `Memory`."""
         return self._call("end_task", task, sketch, mass)
+
+    def past(self) -> Past:
+        """See `Memory`."""
+        return self._call("past")
 
     def describe(self) -> dict[str, Any]:
         """See `TaskMemory.describe`."""

@@ -81,6 +81,26 @@ def test_one_dimension_by_hand():
     torch.testing.assert_close(margins, torch.tensor([4.0, 0.0, 4.0 * 97.0], dtype=torch.float64))
 
 
+def test_the_runner_up_is_the_second_best():
+    tasks = draw_tasks(20, tasks=5)
+    router = fitted(tasks)
+    test = torch.from_numpy(np.concatenate(draw_tasks(21, tasks=5)))
+    routes, scores = router.routes(test), router.log_likelihoods(test).numpy()
+    order = np.argsort(-scores, axis=1)
+    np.testing.assert_array_equal(routes.best_n, order[:, 0])
+    np.testing.assert_array_equal(routes.second_n, order[:, 1])
+    ordered = np.take_along_axis(scores, order, axis=1)
+    np.testing.assert_array_equal(routes.margin_n, ordered[:, 0] - ordered[:, 1])
+
+
+def test_a_tie_leaves_the_later_task_as_runner_up():
+    rows = draw_tasks(22)[0]
+    routes = fitted([rows, rows, rows + 100.0]).routes(torch.from_numpy(rows))
+    assert (set(routes.best_n), set(routes.second_n), set(routes.margin_n)) == ({0}, {1}, {0.0})
+    alone = fitted([rows]).routes(torch.from_numpy(rows[:2]))
+    assert (alone.best_n.tolist(), alone.second_n.tolist(), alone.margin_n.tolist()) == ([0, 0], [-1, -1], [np.inf] * 2)
+
+
 def test_adding_a_task_updates_earlier_predictions():
     tasks = draw_tasks(6, spread=20.0)
     router = fitted(tasks[:2])

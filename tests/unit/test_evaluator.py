@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from treelora.engine import OptimizerSpec, TorchEngine, read_adapter
 from treelora.evaluation.evaluator import EvaluationOptions, Evaluator
 from treelora.evaluation.matrix import Score
 from treelora.loop import StreamLoop
+from treelora.tree import SignatureTree
 from treelora_platform.assemble import load_adapted_model
 
 MODES = ("last", "merged", "routed")
@@ -90,11 +93,67 @@ def test_each_mode_against_scoring_by_hand(loop: StreamLoop, bank: list[AdapterS
     assert len(different) > 1
 
 
-def test_router_accuracy_is_of_all_rows(loop: StreamLoop, bank: list[AdapterState]) -> None:
+def test_the_router_is_judged_on_all_rows(loop: StreamLoop, bank: list[AdapterState]) -> None:
     judge, _ = judged(loop, loop.engine, bank)
-    hits = [judge.router.predict(judge._prompt_features(loop.evaluator.tests[t].prompts()))[0] == t for t in SEEN]
-    assert judge.router_accuracy(SEEN) == pytest.approx(100 * float(torch.cat(hits).float().mean()))
-    assert evaluator(loop, loop.engine).router_accuracy(SEEN) is None
+    taken = [judge.router.predict(judge._prompt_features(loop.evaluator.tests[t].prompts()))[0] for t in SEEN]
+    margins = [judge.router.predict(judge._prompt_features(loop.evaluator.tests[t].prompts()))[1] for t in SEEN]
+    middle = float(torch.cat(margins).median())
+    judge.options = replace(judge.options, router_margin=middle)
+    report = judge.router_report(SEEN)
+    assert report is not None
+    hits = torch.cat([t == task for task, t in zip(SEEN, taken, strict=True)])
+    assert report.accuracy == pytest.approx(100 * float(hits.float().mean()))
+    assert report.fallback_share == pytest.approx(100 * float((torch.cat(margins) < middle).float().mean()))
+    assert 0 < report.fallback_share < 100
+    pairs = Counter((task, int(t)) for task, row in zip(SEEN, taken, strict=True) for t in row if t != task)
+    assert {(task, other): count for task, other, count in report.mixed_up} == dict(pairs)
+    assert evaluator(loop, loop.engine).router_report(SEEN) is None
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_unsure_prompts_are_answered_by_the_average(loop: StreamLoop, bank: list[AdapterState], grouped: bool) -> None:
+    """Against scoring by hand with the mean adapter of the node around both tasks, or of the two."""
+    shared = [bank[0], bank[0], bank[2]] if grouped else bank
+    groups = ((2,), (0, 1)) if grouped else None
+    tree = SignatureTree.build(np.eye(3, 4, dtype=np.float32)[:2, None]) if grouped else None
+    judge, _ = judged(loop, loop.engine, bank)
+    routes = {task: judge._routes(task) for task in SEEN}
+    middle = float(np.median(np.concatenate([r.margin_n for r in routes.values()])))
+    judge.options = replace(judge.options, router_margin=middle)
+    judge._answers = {}
+    scores = outcome(judge.score(SEEN, 2, TASKS[2], shared, tree=tree, groups=groups))
+    used = set()
+    for task in SEEN:
+        adapters = []
+        for best, second, margin in zip(*vars(routes[task]).values(), strict=True):
+            pair = {int(best), int(second)}
+            if margin >= middle or (grouped and pair == {0, 1}):
+                adapters.append(shared[int(best)])
+            elif grouped:
+                adapters.append(mean_adapter([bank[0], bank[2]], [2, 1]))
+            else:
+                adapters.append(mean_adapter([bank[k] for k in sorted(pair)]))
+            used.add(margin >= middle)
+        assert scores["routed", task, 2] == pytest.approx(naive_percent(loop, adapters, task))
+    assert used == {False, True}
+
+
+def test_averages_that_are_no_longer_asked_for_are_forgotten(loop: StreamLoop, bank: list[AdapterState]) -> None:
+    judge, _ = judged(loop, loop.engine, bank)
+    judge.options = replace(judge.options, router_margin=1e9)
+    signatures = np.array([[[0, 0, 1.0]], [[0, 0.1, 1]], [[9, 9, 0]]], dtype=np.float32)
+    tree = SignatureTree.build(signatures)
+    judge.score(SEEN, 2, TASKS[2], bank, tree=tree)
+    first = {key for key, _ in judge._answers}
+    again = outcome(judge.score(SEEN, 2, TASKS[2], bank, tree=tree))
+    assert first == {key for key, _ in judge._answers}
+    assert {key for key in first if key.startswith("node ")} <= {"node 0|1", "node 0|1|2"}
+    other = SignatureTree.build(signatures[[2, 0, 1]])  # now tasks 1 and 2 are the pair
+    judge.score(SEEN, 2, TASKS[2], bank, tree=other)
+    assert {key for key, _ in judge._answers if key.startswith("node ")} <= {"node 1|2", "node 0|1|2"}
+    fresh, _ = judged(loop, loop.engine, bank)
+    fresh.options = judge.options
+    assert outcome(fresh.score(SEEN, 2, TASKS[2], bank, tree=tree)) == again
 
 
 def test_the_adapter_under_training_is_left_as_it_was(loop: StreamLoop, bank: list[AdapterState]) -> None:

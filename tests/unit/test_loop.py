@@ -201,6 +201,23 @@ def test_joint_learns_everything_at_once(tmp_path: Path) -> None:
     assert {row // 24 for row in rows} == {0, 1, 2}
 
 
+def test_forward_scores_are_of_the_next_task_and_of_the_base_model(tmp_path: Path) -> None:
+    loop = run(tmp_path, method="sequential", evaluation={"forward": True})
+    plain = run(tmp_path, method="sequential")
+    frozen = run(tmp_path, method="frozen")
+    found, expected = outcome(recorded(loop).scores), outcome(recorded(plain).scores)
+    base = {task: score for (_, task, _), score in outcome(recorded(frozen).scores).items()}
+    expected |= {("last", task, -1): base[task] for task in range(3)}
+    for task in (1, 2):
+        with loop.engine.using_adapter(plain.bank[task - 1]):
+            loop.evaluator._answers = {}
+            [score, _] = loop.evaluator.score_unlearnt(task, task - 1, "")
+        expected["last", task, task - 1] = score.score
+    assert found == expected
+    assert all(same_adapter(a, b) for a, b in zip(loop.bank, plain.bank, strict=True))
+    assert loop.evaluator._answers.keys() <= plain.evaluator._answers.keys()
+
+
 def test_frozen_changes_nothing(tmp_path: Path) -> None:
     loop = build_loop(tiny_config(tmp_path, method="frozen"))
     before = read_adapter(loop.engine)

@@ -1,8 +1,9 @@
 """Scores every task seen so far, in every inference mode, shared over the workers.
 
 `last` answers with the adapter under training, `merged` with the mean of all tasks' adapters, `routed` with the
-adapter of the task that a router takes the prompt for; no mode is told the task. Answers of one adapter on one row
-never change, so they are kept: `routed` mostly reuses what `last` has answered when the adapter was fresh.
+adapter of the task that a router takes the prompt for, or with an average where it can't tell two tasks apart
+(`treelora.evaluation.fallback`); no mode is told the task. Answers of one adapter on one row never change, so they are
+kept: `routed` mostly reuses what `last` has answered when the adapter was fresh.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,12 +21,15 @@ from torch import Tensor
 from treelora.adapters import AdapterState, mean_adapter
 from treelora.engine import Engine
 from treelora.evaluation.choice import score_choices
+from treelora.evaluation.fallback import AVERAGE, adapter_key, adapter_of, answering_tasks
 from treelora.evaluation.features import prompt_features
 from treelora.evaluation.generate import generate_answers
-from treelora.evaluation.matrix import Score
-from treelora.evaluation.router import GaussianRouter
+from treelora.evaluation.matrix import BEFORE_TRAINING, Score
+from treelora.evaluation.router import GaussianRouter, Routes
 from treelora.evaluation.text_metrics import METRICS
+from treelora.memory_records import Groups
 from treelora.training_data import Split, TestSplit
+from treelora.tree import SignatureTree
 
 MEAN = "mean"
 Row = tuple[int, int]
@@ -40,6 +45,19 @@ class EvaluationOptions:
     max_new_tokens: int = 64
     router_layer: int = 8
     router_rows: int = 96
+    router_margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """How the router did on the test prompts of the tasks seen so far."""
+
+    accuracy: float
+    """Percent taken for the right task."""
+    fallback_share: float
+    """Percent whose margin was below `router_margin`."""
+    mixed_up: tuple[tuple[int, int, int], ...]
+    """(task, the task that its prompts were taken for, prompts), where these differ."""
 
 
 class Evaluator:
@@ -72,9 +90,12 @@ class Evaluator:
         after_name: str,
         bank: Sequence[AdapterState],
         progress: Callable[[str], None] = lambda mode: None,
+        tree: SignatureTree | None = None,
+        groups: Groups | None = None,
     ) -> list[Score]:
         """Scores of the tasks `seen` once task `after` was learnt; `bank[k]` is task k's adapter.
 
+        `tree`, over arms, and the tasks behind each arm say what is averaged where the router is unsure.
         The adapter under training is that of the last task, unless `bank` has a merged one for it. With an empty bank
         (nothing was trained) only `last` is scored.
         """
@@ -84,30 +105,45 @@ class Evaluator:
                 continue  # all tasks were learnt as one: there is nothing to merge or to route to
             progress(mode)
             begin = time.perf_counter()
-            answers = self._answer(mode, seen, bank)
+            answers = self._routed(seen, bank, tree, groups) if mode == "routed" else self._answer(mode, seen, bank)
             seconds = (time.perf_counter() - begin) / len(seen)
-            for task in seen:
-                test = self.tests[task]
-                scores.append(
-                    Score(
-                        mode=mode,
-                        task=test.task.name,
-                        after_task=after_name,
-                        task_index=task,
-                        after_index=after,
-                        metric=test.task.metric,
-                        score=self._measure(test, [answers[task, row] for row in range(len(test))]),
-                        rows=len(test),
-                        seconds=seconds,
-                    )
-                )
+            scores += [self._score(mode, task, after, after_name, answers, seconds) for task in seen]
         return scores
 
-    def router_accuracy(self, seen: Sequence[int]) -> float | None:
-        """Percent of the seen tasks' test prompts that the router takes for the right task."""
+    def score_unlearnt(self, task: int, after: int, after_name: str) -> list[Score]:
+        """Scores of a task that is still to be learnt, for FWT: with the adapter under training, then without.
+
+        Both of inference `last`; the second is the base model's, recorded as before training.
+        """
+        rows, scores = [(task, row) for row in range(len(self.tests[task]))], []
+        for key, adapter, index, name in (
+            ("unlearnt", None, after, after_name),
+            ("base", self._no_adapter, BEFORE_TRAINING, ""),
+        ):
+            begin = time.perf_counter()
+            answers = self._with_adapter(key, adapter, rows)
+            scores.append(self._score("last", task, index, name, answers, time.perf_counter() - begin))
+        kept = self._answers.items()
+        self._answers = {asked: answer for asked, answer in kept if asked[0] not in ("unlearnt", "base")}
+        return scores
+
+    def router_report(self, seen: Sequence[int]) -> RouterReport | None:
+        """What the router makes of the seen tasks' test prompts; None where there is no router."""
         if "routed" not in self.options.modes or not self.router.names:
             return None
-        return 100 * float(np.mean(np.concatenate([self._route(task) == task for task in seen])))
+        routes = {task: self._routes(task) for task in seen}
+        taken = {task: np.bincount(r.best_n, minlength=len(self.router.names)) for task, r in routes.items()}
+        unsure = np.concatenate([r.margin_n < self.options.router_margin for r in routes.values()])
+        return RouterReport(
+            accuracy=100 * sum(int(counts[task]) for task, counts in taken.items()) / len(unsure),
+            fallback_share=100 * float(unsure.mean()),
+            mixed_up=tuple(
+                (task, int(other), int(counts[other]))
+                for task, counts in taken.items()
+                for other in np.flatnonzero(counts)
+                if other != task
+            ),
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Router and kept answers, as tensors.
@@ -123,33 +159,65 @@ class Evaluator:
         """Go back to `state_dict`."""
         kept = json.loads(bytes(state["answers"].tolist()))
         self._answers = {(key, (task, row)): answer for key, task, row, answer in kept}
-        router = {k.removeprefix("router/"): tensor for k, tensor in state.items() if k.startswith("router/")}
-        self.router = GaussianRouter.from_state_dict(router) if router else GaussianRouter()
+        self.router = router_of(state)
+
+    def _score(
+        self, mode: str, task: int, after: int, after_name: str, answers: Mapping[Row, str], seconds: float
+    ) -> Score:
+        test = self.tests[task]
+        return Score(
+            mode=mode,
+            task=test.task.name,
+            after_task=after_name,
+            task_index=task,
+            after_index=after,
+            metric=test.task.metric,
+            score=self._measure(test, [answers[task, row] for row in range(len(test))]),
+            rows=len(test),
+            seconds=seconds,
+        )
+
+    def _no_adapter(self) -> AdapterState:
+        tensors = self.engine.adapter_tensors().items()
+        return {name: torch.zeros(tensor.shape) for name, tensor in tensors if ".lora_B." in name}
 
     def _answer(self, mode: str, seen: Sequence[int], bank: Sequence[AdapterState]) -> dict[Row, str]:
         rows = [(task, row) for task in seen for row in range(len(self.tests[task]))]
         current = f"task {len(bank) - 1}"
         if mode == "last":
             return self._with_adapter(current, None, rows)
-        if mode == "merged":
-            if len(bank) == 1:
-                return self._with_adapter(current, None, rows)
-            answers = self._with_adapter(MEAN, mean_adapter(bank), rows)
-            self._answers = {asked: answer for asked, answer in self._answers.items() if asked[0] != MEAN}
-            return answers  # not kept: the next task changes the mean
-        chosen = {(task, row): int(k) for task in seen for row, k in enumerate(self._route(task))}
-        answers = {}
-        for k, state in enumerate(bank):
-            tasks = [task for task, other in enumerate(bank) if other is state]
-            key = "task " + "+".join(map(str, tasks))
-            adapter = None if key == current else state
-            answers |= self._with_adapter(key, adapter, [row for row in rows if chosen[row] == k])
+        if len(bank) == 1:
+            return self._with_adapter(current, None, rows)
+        answers = self._with_adapter(MEAN, lambda: mean_adapter(bank), rows)
+        self._answers = {asked: answer for asked, answer in self._answers.items() if asked[0] != MEAN}
+        return answers  # not kept: the next task changes the mean
+
+    def _routed(
+        self, seen: Sequence[int], bank: Sequence[AdapterState], tree: SignatureTree | None, groups: Groups | None
+    ) -> dict[Row, str]:
+        chosen: dict[tuple[int, ...], list[Row]] = {}
+        for task in seen:
+            answering = answering_tasks(self._routes(task), self.options.router_margin, tree, groups)
+            for row, tasks in enumerate(answering):
+                chosen.setdefault(tasks, []).append((task, row))
+        answers: dict[Row, str] = {}
+        used: set[str] = set()
+        for tasks in sorted(chosen):
+            key = adapter_key(bank, tasks)
+            adapter = None if key == f"task {len(bank) - 1}" else partial(adapter_of, bank, tasks)
+            answers |= self._with_adapter(key, adapter, chosen[tasks])
+            used.add(key)
+        # of the averages only those that were asked for are kept: a tree that has changed may never ask again
+        kept = self._answers.items()
+        self._answers = {asked: a for asked, a in kept if asked[0] in used or not asked[0].startswith(AVERAGE)}
         return answers
 
-    def _with_adapter(self, key: str, adapter: AdapterState | None, rows: Sequence[Row]) -> dict[Row, str]:
+    def _with_adapter(
+        self, key: str, adapter: Callable[[], AdapterState] | None, rows: Sequence[Row]
+    ) -> dict[Row, str]:
         missing = [row for row in rows if (key, row) not in self._answers]
         if missing:
-            with self.engine.using_adapter(adapter):
+            with self.engine.using_adapter(adapter() if adapter else None):
                 for kind in ("choice", "generation"):
                     part = [row for row in missing if self.tests[row[0]].task.kind == kind]
                     for row, answer in zip(part, self._shared(part, kind), strict=True):
@@ -194,11 +262,11 @@ class Evaluator:
         sources = [example.prompt for example in test.examples]
         return METRICS[test.task.metric](answers, references, sources)
 
-    def _route(self, task: int) -> np.ndarray:
+    def _routes(self, task: int) -> Routes:
         if task not in self._features:
             self._features[task] = self._prompt_features(self.tests[task].prompts())
-        chosen, _ = self.router.predict(self._features[task])
-        return chosen.numpy()
+        # rank 0's: on another kind of CPU the last bits may differ, and every rank must take the same adapter
+        return self.engine.broadcast(self.router.routes(self._features[task]))
 
     def _prompt_features(self, prompts: list[list[int]]) -> Tensor:
         world = self.engine.world_size
@@ -221,3 +289,9 @@ class Evaluator:
     def _choice_ids(self, row: Row) -> list[list[int]]:
         test = self.tests[row[0]]
         return [ids.tolist() for ids in test.rows.choice_ids(int(test.chosen[row[1]]))]
+
+
+def router_of(state: Mapping[str, Tensor]) -> GaussianRouter:
+    """The router in an evaluator's `state_dict`; one without tasks where none was taught."""
+    router = {name.removeprefix("router/"): tensor for name, tensor in state.items() if name.startswith("router/")}
+    return GaussianRouter.from_state_dict(router) if router else GaussianRouter()

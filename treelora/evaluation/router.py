@@ -10,11 +10,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from treelora.errors import CheckpointError, ConfigError, DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """What the router takes n prompts for; tasks are places in its `names`."""
+
+    best_n: np.ndarray
+    """int64; ties go to the task added first."""
+    second_n: np.ndarray
+    """The runner-up, int64; -1 while there is one task."""
+    margin_n: np.ndarray
+    """Log-likelihood of the best less that of the runner-up, float64; infinite while there is one task."""
 
 
 class GaussianRouter:
@@ -85,13 +99,19 @@ class GaussianRouter:
         Raises:
             DataError: as for `log_likelihoods`.
         """
+        routes = self.routes(features_nF)
+        return torch.from_numpy(routes.best_n), torch.from_numpy(routes.margin_n)
+
+    def routes(self, features_nF: Tensor) -> Routes:
+        """The two likeliest tasks of each row [n, F] and how far they are apart. Raises as `log_likelihoods`."""
         scores_nK = self.log_likelihoods(features_nF)
-        best_n = scores_nK.max(dim=1).values
-        indices_n = (scores_nK == best_n[:, None]).to(torch.int8).argmax(dim=1)
+        best_n, value_n = _first_largest(scores_nK)
         if len(self.names) == 1:
-            return indices_n, torch.full_like(best_n, torch.inf)
-        others_nK = scores_nK.scatter(1, indices_n[:, None], -torch.inf)
-        return indices_n, best_n - others_nK.max(dim=1).values
+            second_n, margin_n = torch.full_like(best_n, -1), torch.full_like(value_n, torch.inf)
+        else:
+            second_n, other_n = _first_largest(scores_nK.scatter(1, best_n[:, None], -torch.inf))
+            margin_n = value_n - other_n
+        return Routes(best_n.numpy(), second_n.numpy(), margin_n.numpy())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that safetensors can store; the names are the UTF-8 bytes of a JSON list."""
@@ -160,3 +180,9 @@ class GaussianRouter:
         if len(bad):
             raise DataError(f"feature row {int(bad[0])} has a value that is not finite; check the model's output")
         return x_nF
+
+
+def _first_largest(scores_nK: Tensor) -> tuple[Tensor, Tensor]:
+    """Place [n] of each row's first largest value, and the value [n]."""
+    value_n = scores_nK.max(dim=1).values
+    return (scores_nK == value_n[:, None]).to(torch.int8).argmax(dim=1), value_n

@@ -21,6 +21,7 @@ from treelora.adapters import AdapterState, fresh_tensor, layer_names, layer_of,
 from treelora.engine import Engine
 from treelora.memory_records import Groups, Past
 from treelora.methods.base import Method, StepMetrics, TaskContext
+from treelora.methods.extra_gradient import flatten
 from treelora.methods.treelora_pull import Losses, Scalars, arm_adapter, pull_adapter, pull_gradients
 from treelora.methods.treelora_signature import SignatureSource, pack_past, unpack_past
 from treelora.models.causal import answer_loss
@@ -125,7 +126,7 @@ class TreeLoRA(Method):
         elif not self.source.known_before_step:
             self._observe(self._residuals(self.source.of_step(self._step)))
         if self.options.penalty == "prox":
-            self._before = {name: tensor.clone() for name, tensor in engine.adapter_tensors().items()}
+            self._before_D = flatten(engine.adapter_tensors())
         if self.options.penalty in ("soft", "sign", "exact"):
             anchors = asked or self._past_gradients(gradients)
             anchors = {name: anchors[name] for name in gradients if ".lora_B." in name}
@@ -138,7 +139,8 @@ class TreeLoRA(Method):
             self._last = StepMetrics()
             return
         if self.options.penalty == "prox":
-            self._scalars = pull_adapter(engine, self._before, self._anchor_of, lr, self.options.strength)
+            anchor_D = flatten(arm_adapter(self._anchors, self._arm_of))
+            self._scalars = pull_adapter(engine, self._before_D, anchor_D, lr, self.options.strength)
         if np.isfinite(self.lcb_L).all():  # the first pulls of an arm have no bound yet
             self._scalars["lcb_mean"] = float(self.lcb_L.mean())
         if self._observation is not None:
@@ -254,9 +256,6 @@ class TreeLoRA(Method):
 
     def _arm_of(self, name: str) -> int:
         return int(self.arms_L[self._layer_index[name]])
-
-    def _anchor_of(self, name: str) -> Tensor:
-        return self._anchors[self._arm_of(name)][name]
 
 
 def share(entries: list[S], groups: Groups, masses: Sequence[int], merge: Any) -> None:

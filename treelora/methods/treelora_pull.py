@@ -21,15 +21,15 @@ PROBE = 1e-3
 """How far each coordinate of B is moved for a finite difference."""
 
 
-def pull_adapter(
-    engine: Engine, before: Mapping[str, Tensor], anchor_of: Callable[[str], Tensor], lr: float, strength: float
-) -> Scalars:
+def pull_adapter(engine: Engine, before_D: Tensor, anchor_D: Tensor, lr: float, strength: float) -> Scalars:
     """`prox`: after the optimizer's step, bring the adapter near the arms' adapters. Collective.
+
+    All tensors as one vector of D numbers: hundreds of small ones would cost more than the arithmetic.
 
     Args:
         engine: Its adapter has just stepped.
-        before: The adapter before the step.
-        anchor_of: The arm's tensor of a name.
+        before_D: The adapter before the step, as `flatten` gives it.
+        anchor_D: The adapter whose tensors are those of each layer's arm.
         lr: Learning rate of the step; the threshold is lr x strength.
         strength: Lambda.
 
@@ -37,21 +37,15 @@ def pull_adapter(
         sparsity (share of coordinates that equal the arm's), penalty_ratio (change by the pull over change by the
         loss, L1) and penalty_loss (lambda times the L1 distance left).
     """
-    pulled, kept, by_penalty, by_loss, apart, total = {}, [], [], [], [], 0
-    for name, stepped in engine.adapter_tensors().items():
-        anchor = anchor_of(name)
-        pulled[name], equal = prox(stepped, anchor, lr * strength)
-        kept.append(equal)
-        by_penalty.append((pulled[name] - stepped).abs().sum())
-        by_loss.append((stepped - before[name]).abs().sum())
-        apart.append((pulled[name] - anchor).abs().sum())
-        total += stepped.numel()
-    engine.write_adapter(pulled)
-    ratio = torch.stack(by_penalty).sum() / torch.stack(by_loss).sum().clamp_min(1e-30)
+    tensors = engine.adapter_tensors()
+    stepped_D = flatten(tensors)
+    pulled_D, kept = prox(stepped_D, anchor_D, lr * strength)
+    engine.write_adapter(unflatten(pulled_D, {name: tensor.shape for name, tensor in tensors.items()}))
+    by_penalty, by_loss = (pulled_D - stepped_D).abs().sum(), (stepped_D - before_D).abs().sum()
     return {
-        "sparsity": torch.stack(kept).sum() / total,
-        "penalty_ratio": ratio,
-        "penalty_loss": strength * torch.stack(apart).sum(),
+        "sparsity": kept / len(pulled_D),
+        "penalty_ratio": by_penalty / by_loss.clamp_min(1e-30),
+        "penalty_loss": strength * (pulled_D - anchor_D).abs().sum(),
     }
 
 

@@ -1,0 +1,192 @@
+"""`treelora predict`: from a run's newest commit to answers, in one process and without Ray."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from treelora.adapters import grown, load_adapter
+from treelora.engine import OptimizerSpec, TorchEngine
+from treelora.errors import CheckpointError, ConfigError
+from treelora.evaluation.evaluator import router_of
+from treelora.local_memory import unpack_state
+from treelora.memory import TaskMemory
+from treelora.methods import METHODS
+from treelora.models.causal import load_tokenizer
+from treelora.options.tree import Inference
+from treelora_platform.assemble import load_adapted_model
+from treelora_platform.checkpoint import Commit, newest_commit
+from treelora_platform.config import ExperimentConfig, parse_config
+from treelora_platform.predict_io import answer_lines, answer_table, as_line, read_prompts
+from treelora_platform.prepare import prepare_stream
+from treelora_platform.run import load_run_config
+from treelora_platform.run_tables import read_run_json, read_task_choices
+from treelora_platform.serving import Learnt, Predictor
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How prompts are answered; None: as the run is configured."""
+
+    inference: str | None = None
+    """last, merged or routed."""
+    task: str | None = None
+    """Answer with this task's adapter, whatever the prompt."""
+    choices: tuple[str, ...] | None = None
+    """For prompts that don't bring their own."""
+    router_margin: float | None = None
+    max_new_tokens: int | None = None
+    batch_rows: int | None = None
+
+
+def predict_file(
+    run_dir: Path,
+    source: str,
+    options: PredictOptions,
+    *,
+    form: str | None = None,
+    out: Path | None = None,
+    table: Console | None = None,
+) -> None:
+    """Answer all prompts of a file.
+
+    Args:
+        run_dir: The run.
+        source: See `read_prompts`, as `form`.
+        options: How to answer.
+        out: File for the answers as JSONL; None: standard output, unless there is a `table`.
+        table: Where a table is shown in place of lines.
+
+    Raises:
+        TreeLoRAError: run, prompts or options are wrong; nothing was answered then, or (where a prompt makes no tokens
+            or is refused for its length) the rounds before it were.
+    """
+    notes = Console(stderr=True, soft_wrap=True)
+
+    def note(text: str) -> None:
+        notes.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
+
+    prompts = read_prompts(source, form)
+    with _quiet(), notes.status("loading the model") if notes.is_terminal else nullcontext():
+        predictor = open_predictor(run_dir, options, note)
+    if table and not out:
+        answers = [answer for part in predictor.answers(prompts) for answer in part]
+        table.print(answer_table(answers, options.task or predictor.inference))
+    else:
+        with answer_lines(out) as file:
+            for part in predictor.answers(prompts):
+                file.writelines(map(as_line, part))
+                file.flush()
+    if predictor.cut:
+        note(
+            f"{predictor.cut} of {len(prompts)} prompts were cut on the left (max_length {predictor.model.max_length})"
+        )
+
+
+def open_predictor(
+    run_dir: Path, options: PredictOptions, note: Callable[[str], None] = lambda text: None
+) -> Predictor:
+    """The newest commit of a run, ready to answer.
+
+    Args:
+        run_dir: The run, finished or not.
+        options: How to answer.
+        note: Told what the user should know.
+
+    Raises:
+        ConfigError: no run is there, or it can't answer as the options ask.
+        CheckpointError: no task is learnt yet, or the commit is damaged.
+    """
+    config = _with_options(load_run_config(run_dir), options)
+    commit, troubles = newest_commit(run_dir)
+    for trouble in troubles:
+        note(f"commit passed over: {trouble}")
+    if commit is None or not (commit.adapters or not METHODS[config.method].trains):
+        raise CheckpointError(f"{run_dir}: no task is learnt yet; `treelora run` goes on with it")
+    if lacking := [part for part in ("adapter", "evaluator") if part not in commit.parts]:
+        raise CheckpointError(f"{run_dir}: the commit lacks its {', '.join(lacking)}")
+    router = router_of(commit.parts["evaluator"])
+    inference = _inference(run_dir, config, options, commit, bool(router.names))
+    choices = _task_choices(run_dir, config) if inference == "routed" or options.task is not None else {}
+    names = () if METHODS[config.method].joint else tuple(choices)[: len(commit.adapters)]
+    if options.task is not None and options.task not in names:
+        known = f"it has learnt {', '.join(names)}" if names else f"method {config.method} learns none by itself"
+        raise ConfigError(f"{run_dir}: there is no task {options.task!r}; {known}")
+    if inference == "routed" and tuple(router.names) != names[: len(router.names)]:
+        raise CheckpointError(f"{run_dir}: the router knows {router.names}, the run's tasks are {list(names)}")
+    status = read_run_json(run_dir).get("status", "FINISHED")
+    if status != "FINISHED":
+        note(f"the run is {status}; it has learnt {len(commit.adapters)} tasks so far")
+    if config.evaluation.in_context_examples:
+        note("the run was scored with solved examples before each prompt; here prompts are taken as they are")
+    past = None
+    if inference == "routed" and config.evaluation.router_margin and "memory" in commit.parts:
+        past = TaskMemory.from_state_dict(unpack_state(commit.parts["memory"])).past()
+    tokenizer = load_tokenizer(config.model.name)
+    engine = _engine(config, commit)
+    shapes = {name: tensor.shape for name, tensor in engine.adapter_tensors().items()}
+    states = {name: grown(load_adapter(run_dir / "adapters" / name), shapes) for name in dict.fromkeys(commit.adapters)}
+    bank = [states[folder] for folder in commit.adapters]
+    within_task = commit.position.step > 0 and not commit.position.trained
+    last = bank[-1] if within_task else grown(commit.parts["adapter"], shapes)
+    learnt = Learnt(last, bank, names, choices, router, past)
+    place = names.index(options.task) if options.task is not None else None
+    return Predictor(engine, tokenizer, learnt, config.model, config.evaluation, inference, place, options.choices)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and the notes that libraries write for each other."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _with_options(config: ExperimentConfig, options: PredictOptions) -> ExperimentConfig:
+    given = {name: getattr(options, name) for name in ("router_margin", "max_new_tokens", "batch_rows")}
+    plain = config.as_dict()
+    plain["evaluation"] |= {name: value for name, value in given.items() if value is not None}
+    return parse_config(plain, origin="predict")
+
+
+def _inference(run_dir: Path, config: ExperimentConfig, options: PredictOptions, commit: Commit, router: bool) -> str:
+    """The way of inference that is asked for, or that the run is meant for."""
+    asked = options.inference
+    if asked is not None and options.task is not None:
+        raise ConfigError("--inference and --task exclude each other: a task's own adapter needs no choosing")
+    if asked not in (None, *get_args(Inference)):
+        raise ConfigError(f"--inference {asked!r}: use {', '.join(get_args(Inference))}")
+    if options.task is not None:
+        return "last"
+    default = config.treelora.inference if config.method == "treelora" else ("routed" if router else "last")
+    inference = asked or default
+    if inference == "routed" and not router:
+        raise ConfigError(
+            f"{run_dir}: there is no router (method {config.method}, evaluation.modes "
+            f"{', '.join(config.evaluation.modes)}); use --inference last or merged, or --task"
+        )
+    if inference == "merged" and not commit.adapters:
+        raise ConfigError(f"{run_dir}: method {config.method} has no adapters to merge; use --inference last")
+    return inference
+
+
+def _task_choices(run_dir: Path, config: ExperimentConfig) -> dict[str, tuple[str, ...]]:
+    """Names of the stream's tasks, in order, and their choices; of runs that didn't note them, from their source."""
+    return read_task_choices(run_dir) or {task.name: task.choices for task in prepare_stream(config).stream}
+
+
+def _engine(config: ExperimentConfig, commit: Commit) -> TorchEngine:
+    rank = next(tensor.shape[0] for name, tensor in commit.parts["adapter"].items() if ".lora_A." in name)
+    model = load_adapted_model(config, max(1, rank // config.lora.rank))
+    return TorchEngine(model, OptimizerSpec(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
