@@ -37,7 +37,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "penalty": "official",
         "strength": 0.5,
     },
-    "plus": {"start": "tree_node", "inference": "routed"},
+    "plus": {"inference": "routed"},
 }
 """What differs from the defaults; `docs/methods.md` says why."""
 
