@@ -122,7 +122,7 @@ def answer_table(answers: Sequence[Answer], inference: str) -> Table:
     routed = any(answer.task is not None for answer in answers)
     for column in ("id", "prompt", *(("taken for", "margin", "runner-up") if routed else ()), "answer", "ms"):
         number = column in ("margin", "ms")
-        table.add_column(column, justify="right" if number else "left", no_wrap=number)
+        table.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for answer in answers:
         margin = "" if answer.margin is None else f"{answer.margin:.1f}" + (" avg" if answer.fallback else "")
         route = (answer.task or "", margin, answer.runner_up or "") if routed else ()

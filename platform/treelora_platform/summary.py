@@ -35,7 +35,7 @@ class ModeSummary:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """`seconds` and `tokens` are of training, `stored_bytes` of what is kept: adapters, the method's state, the memory."""
+    """`seconds` and `tokens` are of training, `stored_bytes` of all that is kept: adapters, state, memory."""
 
     name: str
     method: str
@@ -180,7 +180,7 @@ def format_number(value: float | None) -> str:
 
 
 def _training_seconds(tasks: pa.Table, steps: pa.Table) -> float:
-    """What methods do before and after a task's steps counts; of a task that isn't finished only the steps are known."""
+    """What a method does before and after a task's steps counts; of an unfinished task only the steps are known."""
     done = tasks.filter(tasks["train_seconds"].is_valid())
     pending = steps.filter(pc.invert(pc.is_in(steps["task"], value_set=done["task"].combine_chunks())))
     return float(pc.sum(done["train_seconds"]).as_py() or 0.0) + float(pc.sum(pending["step_seconds"]).as_py() or 0.0)
