@@ -14,7 +14,6 @@ from treelora.data.files import join
 from treelora.data.parquet import write_split
 from treelora.data.schema import Example, SplitMeta
 from treelora.loop import StreamLoop
-from treelora.methods import METHODS
 from treelora_platform import serving
 from treelora_platform.config import parse_config
 from treelora_platform.predict import PredictOptions, open_predictor
@@ -112,10 +111,10 @@ def test_defaults_follow_the_run(run: tuple[Path, StreamLoop], tmp_path: Path) -
         assert open_predictor(again, PredictOptions()).inference == mode
 
 
-def test_an_accumulating_method_and_one_more_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["olora", "sdlora"])
+def test_an_accumulating_method_and_one_more_task(method: str, tmp_path: Path) -> None:
     """The model gets the rank that the commit has: of two tasks, and of three once the run was extended."""
-    monkeypatch.setattr(METHODS["sequential"], "accumulates", True)
-    plain = tiny_config(tmp_path, method="sequential").as_dict()
+    plain = tiny_config(tmp_path, method=method, lora={"dropout": 0.0}).as_dict()
     first = parse_config(plain | {"stream": plain["stream"] | {"order": TASKS[:2]}})
     run_dir = tmp_path / "run"
     learnt(first, run_dir)
