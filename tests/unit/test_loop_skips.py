@@ -76,7 +76,7 @@ def test_a_nan_loss_skips_its_step(variant: str, tmp_path: Path, monkeypatch: py
     assert all(torch.isfinite(tensor).all() for adapter in loop.bank for tensor in adapter.values())
     if isinstance(loop.method, TreeLoRA):
         assert loop.method.memory
-        assert loop.method.memory.describe()["tasks"] == list(TASKS)  # it took every call in order
+        assert "+".join(loop.method.memory.describe()["tasks"]) == "+".join(TASKS)  # it took every call in order
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -89,7 +89,7 @@ def test_an_infinite_gradient_skips_its_step(variant: str, tmp_path: Path, monke
     assert all(torch.isfinite(tensor).all() for adapter in loop.bank for tensor in adapter.values())
     if isinstance(loop.method, TreeLoRA):
         assert loop.method.memory
-        assert loop.method.memory.describe()["tasks"] == list(TASKS)
+        assert "+".join(loop.method.memory.describe()["tasks"]) == "+".join(TASKS)  # one arm, under a budget
 
 
 def test_infinite_gradients_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

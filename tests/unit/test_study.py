@@ -59,7 +59,7 @@ def test_a_job_is_what_the_study_and_the_variant_say(bench, study):
     setting = {"train.learning_rate": 0.004, "treelora.strength": 0.5}
     job = bench.job("routed", ("mood-colours", "time-colours"), 2, 1, 4, setting)
     config = job.config
-    assert (config.method, config.treelora.preset, config.treelora.start) == ("treelora", "plus", "tree_node")
+    assert (config.method, config.treelora.preset, config.treelora.inference) == ("treelora", "plus", "routed")
     assert (config.train.learning_rate, config.treelora.strength, config.train.steps) == (0.004, 0.5, 4)
     assert (config.seed, config.stream.seed, config.stream.order) == (1, 1, ("mood-colours", "time-colours"))
     assert config.output_dir == str(bench.runs)
