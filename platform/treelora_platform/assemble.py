@@ -17,7 +17,8 @@ from treelora.data.tokenize import PromptStyle, TokenizedRows, tokenize_split
 from treelora.engine import Engine, OptimizerSpec
 from treelora.errors import ConfigError
 from treelora.evaluation.evaluator import EvaluationOptions, Evaluator
-from treelora.loop import Hooks, LoopOptions, StreamLoop
+from treelora.loop import Hooks, StreamLoop
+from treelora.loop_records import LoopOptions
 from treelora.memory import MemoryConfig
 from treelora.methods import METHODS, Memory, Method, TreeLoRA, TreeLoRAOptions
 from treelora.methods.slices import Accumulating

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from treelora.errors import CheckpointError
-from treelora.loop import Position
+from treelora.loop_records import Position
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from treelora.loop import StepRecord
+from treelora.loop_records import StepRecord
 
 TOO_STRONG, TOO_WEAK = 10.0, 1e-6
 

@@ -14,7 +14,8 @@ from treelora.data.names import slugify
 from treelora.engine import read_adapter
 from treelora.errors import CheckpointError
 from treelora.evaluation.matrix import Score
-from treelora.loop import Position, StepRecord, StreamLoop, TaskRecord
+from treelora.loop import StreamLoop
+from treelora.loop_records import Position, StepRecord, TaskRecord
 from treelora.methods import TreeLoRA
 from treelora_platform.checkpoint import Commit, newest_commit, write_commit
 from treelora_platform.diagnostics import PenaltyWatch

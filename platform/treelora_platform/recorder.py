@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from treelora.data.names import slugify
 from treelora.data.task import Task
 from treelora.evaluation.matrix import Score
-from treelora.loop import Position, StepRecord, TaskRecord
+from treelora.loop_records import Position, StepRecord, TaskRecord
 from treelora_platform.run_tables import (
     SCORES,
     STEPS,

@@ -18,7 +18,8 @@ from tests.support.streams import Recorded, tiny_config
 from treelora.adapters import LoraSpec, attach_lora
 from treelora.engine import OptimizerSpec, TorchEngine, read_adapter
 from treelora.local_memory import LocalMemory
-from treelora.loop import StepRecord, StreamLoop
+from treelora.loop import StreamLoop
+from treelora.loop_records import StepRecord
 from treelora.models.causal import answer_loss
 from treelora.models.tiny import tiny_model
 from treelora.signature import GradientProbe

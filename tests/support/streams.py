@@ -13,7 +13,8 @@ from treelora.adapters import AdapterState
 from treelora.engine import TorchEngine
 from treelora.evaluation.matrix import Score
 from treelora.local_memory import LocalMemory
-from treelora.loop import Position, StepRecord, StreamLoop, TaskRecord
+from treelora.loop import StreamLoop
+from treelora.loop_records import Position, StepRecord, TaskRecord
 from treelora_platform.assemble import assemble
 from treelora_platform.config import ExperimentConfig, parse_config
 from treelora_platform.hooks import PlatformHooks, take_up

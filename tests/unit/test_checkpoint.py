@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.support.streams import commits, same_adapter
 from treelora.errors import CheckpointError
-from treelora.loop import Position
+from treelora.loop_records import Position
 from treelora_platform.checkpoint import (
     MANIFEST,
     Commit,

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from treelora.loop import StepRecord
+from treelora.loop_records import StepRecord
 from treelora_platform.diagnostics import PenaltyWatch
 
 
