@@ -243,6 +243,12 @@ class ExperimentConfig(Options):
             raise ValueError(
                 f"train.epochs_by_task has {len(self.train.epochs_by_task)} numbers for {len(self.stream.order)} tasks"
             )
+        pulls = self.method == "treelora" and self.treelora.penalty not in ("none", "prox")
+        if self.engine.offload_optimizer and (pulls or self.method in ("agem", "gem", "ogd")):
+            raise ValueError(
+                f"engine.offload_optimizer: DeepSpeed then clips by the norm that gradients had before method "
+                f"{self.method} changed them; set it to false"
+            )
         if self.method in ACCUMULATING and self.train.weight_decay:
             raise ValueError(
                 f"train.weight_decay {self.train.weight_decay:g} would shrink what method {self.method} has learnt "

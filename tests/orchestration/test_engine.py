@@ -30,6 +30,10 @@ from treelora_platform.prepare import prepare_stream
 STEPS, ROWS, WIDTH, LR = 4, 4, 12, 1e-2
 SPEC = OptimizerSpec(clip=0.5)
 CASES = [(stage, accumulation) for stage in range(4) for accumulation in (1, 2)]
+OFFLOADED: dict[int, dict[str, Any]] = {
+    2: {"zero_stage": 2, "offload_optimizer": True},
+    3: {"zero_stage": 3, "offload_optimizer": True, "offload_weights": True},
+}
 
 
 def batch(step: int, rows: slice) -> dict[str, Any]:
@@ -210,6 +214,11 @@ def on_deepspeed(rank: int, world: int, folder: str) -> dict[str, Any]:
         other.engine.load_optimizer_state(moments)
         found["resumed"] = other.train(range(2, STEPS))
         results[f"{stage} {accumulation}"] = found
+    for stage, settings in OFFLOADED.items():
+        train = {"global_batch": ROWS, "steps": STEPS, "clip": SPEC.clip}
+        config = parse_config({"engine": settings, "train": train, "cluster": {"workers": world}})
+        worker = Worker(DeepSpeedEngine(model(), SPEC, config, torch.device("cpu")), rank, world)
+        results[f"offloaded {stage}"] = worker.go_through()
     return results
 
 
@@ -252,6 +261,15 @@ def test_ranks_agree_on_every_arm_and_with_one_process(
         assert stream["scores"] == alone["scores"]
         assert stream["losses"] == one["losses"]
         assert all(torch.equal(tensor, one["final"][name]) for name, tensor in stream["final"].items())
+
+
+@pytest.mark.parametrize("stage", OFFLOADED)
+def test_offloading_changes_no_number(ranks: list[dict[str, Any]], reference: dict[str, Any], stage: int) -> None:
+    for found in (rank[f"offloaded {stage}"] for rank in ranks):
+        assert found["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+        assert found["again"] == found["losses"][2:]
+        close(found["final"], reference["final"], 1e-6)
+        close(found["moments"], reference["moments"], 1e-8)
 
 
 @pytest.mark.parametrize(("stage", "accumulation"), CASES)

@@ -319,3 +319,11 @@ def test_other_methods_settings_do_not_change_a_runs_identity() -> None:
     plain, other = parse_config({"method": "ewc"}), parse_config({"method": "ewc", "treelora": {"strength": 9}})
     assert plain.digest() == other.digest()
     assert plain.digest() != parse_config({"method": "ewc", "ewc": {"strength": 9}}).digest()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method": "gem"}, {"treelora": {"signature": "gradient", "penalty": "soft"}}], ids=["gem", "soft"]
+)
+def test_methods_that_change_gradients_do_not_offload_the_optimizer(changes: dict[str, Any]) -> None:
+    assert "clips by the norm that gradients had before" in refusal(changes | {"engine": {"offload_optimizer": True}})
+    parse_config({"engine": {"offload_optimizer": True}})  # the default's pull acts on the adapter
