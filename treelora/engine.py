@@ -76,6 +76,13 @@ class Engine(Protocol):
         """The current adapter on the device, not to be written to. Collective."""
         ...
 
+    def adapter_leaves(self) -> dict[str, nn.Parameter]:
+        """The parameters themselves, whole, for autograd to reach: for penalties and gradients beside the step's.
+
+        They stay whole until the next forward pass has ended. Collective.
+        """
+        ...
+
     def write_adapter(self, state: Mapping[str, Tensor]) -> None:
         """Set the adapter under training; names that are left out stay. Collective."""
         ...
@@ -168,6 +175,10 @@ class TorchEngine:
     def adapter_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def adapter_leaves(self) -> dict[str, nn.Parameter]:
+        """See `Engine`."""
+        return self.parameters
 
     def write_adapter(self, state: Mapping[str, Tensor]) -> None:
         """See `Engine`."""

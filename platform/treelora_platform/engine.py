@@ -10,7 +10,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_grad,
@@ -131,12 +130,16 @@ class DeepSpeedEngine:
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {
-            name: safe_get_full_fp32_param(p)
-            if self.stage == 3 and p.numel() != getattr(p, "ds_numel", 0)
-            else p.detach()
-            for name, p in self.parameters.items()
-        }
+        return {name: parameter.detach() for name, parameter in self.adapter_leaves().items()}
+
+    def adapter_leaves(self) -> dict[str, nn.Parameter]:
+        """See `Engine`."""
+        if self.stage == 3:
+            # forward passes without a backward pass confuse ZeRO's trace, and it then puts away what it should keep
+            away = [p for p in self.parameters.values() if p.numel() != p.ds_numel]  # type: ignore[attr-defined]
+            if away:
+                away[0].all_gather(away)  # type: ignore[attr-defined]
+        return self.parameters
 
     def write_adapter(self, state: Mapping[str, Tensor]) -> None:
         """See `Engine`."""

@@ -144,9 +144,13 @@ class Arms(Recorded):
 
     loop: StreamLoop
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
     def stepped(self, record: StepRecord, steps: int) -> None:
         super().stepped(record, steps)
-        self.seen = [*getattr(self, "seen", []), *self.loop.method.arms_L.tolist()]  # type: ignore[attr-defined]
+        self.seen += getattr(self.loop.method, "arms_L", torch.zeros(0)).tolist()
 
 
 STREAMS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -156,15 +160,22 @@ STREAMS: dict[str, tuple[int, dict[str, Any]]] = {
     "official": (2, {"preset": "official"}),
 }
 """ZeRO stage and settings of method treelora."""
+PEERS = ("agem", "gem", "ewc", "ogd", "lwf", "replay")
+"""Methods that take gradients beside the step's or read the adapter's parameters, all with sharded weights."""
 
 
 def whole_stream(folder: str, world: int, variant: str, make_engine: Any) -> dict[str, Any]:
-    """Three tasks with method treelora, with the memory on rank 0."""
+    """Three tasks with one method; where that is treelora, with the memory on rank 0."""
     hooks = Arms()
-    stage, settings = STREAMS[variant]
-    zero = {"kind": "deepspeed", "zero_stage": stage}
+    method = variant if variant in PEERS else "treelora"
+    stage, settings = (3, {}) if variant in PEERS else STREAMS[variant]
     config = tiny_config(
-        Path(folder), engine=zero, cluster={"workers": world}, treelora=settings, lora={"dropout": 0.0}
+        Path(folder),
+        method=method,
+        engine={"kind": "deepspeed", "zero_stage": stage},
+        cluster={"workers": world},
+        lora={"dropout": 0.0},
+        **{method: settings},
     )
     tasks = list(prepare_stream(config).stream)
 
@@ -186,7 +197,7 @@ def on_deepspeed(rank: int, world: int, folder: str) -> dict[str, Any]:
     from treelora_platform.engine import DeepSpeedEngine
 
     results: dict[str, Any] = {}
-    for variant in STREAMS:
+    for variant in (*STREAMS, *PEERS):
         results[variant] = whole_stream(
             folder,
             world,
@@ -261,6 +272,14 @@ def test_ranks_agree_on_every_arm_and_with_one_process(
         assert stream["scores"] == alone["scores"]
         assert stream["losses"] == one["losses"]
         assert all(torch.equal(tensor, one["final"][name]) for name, tensor in stream["final"].items())
+
+
+@pytest.mark.parametrize("variant", PEERS)
+def test_peers_compute_the_same_with_sharded_weights(ranks: list[dict[str, Any]], tmp_path: Path, variant: str) -> None:
+    alone = whole_stream(str(tmp_path), 1, variant, lambda module, spec, config: TorchEngine(module, spec))
+    for stream in (rank[variant] for rank in ranks):
+        assert stream["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        close(stream["final"], alone["final"], 1e-4)
 
 
 @pytest.mark.parametrize("stage", OFFLOADED)

@@ -87,7 +87,7 @@ def test_gradients_after_a_step_never_oppose_the_memory(tmp_path: Path) -> None:
         before = flatten(engine.adapter_gradients())
         after_backward(engine)
         if len(method.memory):
-            rows = method.memory.draw(6, 0, method.task.index, method._step).tolist()
+            rows = method.memory.draw(6, 0, method.task.index, method.step).tolist()
             reference = mean_gradient(loop, [(unit, row) for unit, row, _ in rows])
             after = flatten(engine.adapter_gradients())
             scale = float(reference.norm() * before.norm())

@@ -15,16 +15,10 @@ Shapes: D numbers of the adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from treelora.adapters import AdapterState
-from treelora.engine import Engine
-from treelora.methods.base import Method, StepMetrics, TaskContext
-from treelora.methods.episodic import EpisodicMemory, memory_gradients
-from treelora.methods.extra_gradient import flatten, unflatten
+from treelora.methods.episodic import ProjectingMethod, memory_gradients
 from treelora.options.peers import AGEMOptions
 
 
@@ -35,59 +29,22 @@ def project(gradient_D: Tensor, reference_D: Tensor) -> Tensor:
     return torch.where(product < 0, gradient_D - product / square * reference_D, gradient_D)
 
 
-class AGEM(Method):
+class AGEM(ProjectingMethod):
     """A-GEM: the step's gradient never opposes that of a batch of past rows."""
 
     name = "agem"
-    replays = True
 
     def __init__(self, options: AGEMOptions | None = None, seed: int = 0):
         super().__init__(options, seed)
         self.options = options or AGEMOptions()
-        self.memory = EpisodicMemory()
-        self._last = StepMetrics()
 
-    def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
-        """See `Method`."""
-        self.task = task
+    def rows_to_keep(self, rows: int) -> int:
+        """See `EpisodicMethod`."""
+        return self.options.rows_per_task
 
-    resume_task = begin_task
-
-    def before_step(self, step: int) -> None:
-        """See `Method`."""
-        self._step = step
-
-    def after_backward(self, engine: Engine) -> None:
-        """See `Method`."""
-        if not len(self.memory):
-            return
-        options = self.options
-        count = min(options.batch_rows, len(self.memory))
-        rows_M3 = self.memory.draw(count, self.seed, self.task.index, self._step)
-        [reference_D] = memory_gradients(engine, self.task, [rows_M3], options.micro_rows)
-        gradients = engine.adapter_gradients()
-        gradient_D = flatten(gradients)
-        projected_D = project(gradient_D, reference_D)
-        engine.set_adapter_gradients(unflatten(projected_D, {name: g.shape for name, g in gradients.items()}))
-        ratio = (projected_D - gradient_D).norm() / gradient_D.norm().clamp_min(1e-30)
-        self._last = StepMetrics({"penalty_ratio": ratio})
-
-    def step_skipped(self) -> None:
-        """See `Method`."""
-        self._last = StepMetrics()
-
-    def end_task(self, engine: Engine) -> None:
-        """See `Method`."""
-        self.memory.add(self.task, self.options.rows_per_task, self.seed)
-
-    def metrics(self) -> StepMetrics:
-        """See `Method`."""
-        return self._last
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """See `Method`."""
-        return self.memory.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """See `Method`."""
-        self.memory.load_state_dict(state)
+    def projected(self, gradient_D: Tensor) -> Tensor:
+        """See `ProjectingMethod`."""
+        count = min(self.options.batch_rows, len(self.memory))
+        rows_M3 = self.memory.draw(count, self.seed, self.task.index, self.step)
+        [reference_D] = memory_gradients(self.engine, self.task, [rows_M3], self.options.micro_rows)
+        return project(gradient_D, reference_D)

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from treelora.adapters import adapter_parameters
+from treelora.adapters import AdapterState
 from treelora.engine import Engine
-from treelora.methods.base import TaskContext
+from treelora.methods.base import Method, StepMetrics, TaskContext
+from treelora.methods.extra_gradient import flatten, local_gradient, unflatten
 from treelora.models.causal import answer_loss
+from treelora.options import Options
 from treelora.sketch import keyed_bits
 
 Row = tuple[int, int]
@@ -70,6 +72,74 @@ class EpisodicMemory:
         self.rows_M3 = state["rows"]
 
 
+class EpisodicMethod(Method):
+    """A method that keeps rows of every task it has learnt."""
+
+    replays = True
+
+    def __init__(self, options: Options | None = None, seed: int = 0) -> None:
+        super().__init__(options, seed)
+        self.memory = EpisodicMemory()
+
+    def rows_to_keep(self, rows: int) -> int:
+        """How many of a task's training rows to keep, given how many it has."""
+        raise NotImplementedError
+
+    def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
+        """See `Method`."""
+        self.task, self.engine = task, engine
+
+    resume_task = begin_task
+
+    def end_task(self, engine: Engine) -> None:
+        """See `Method`."""
+        self.memory.add(self.task, self.rows_to_keep(self.task.sizes[self.task.index]), self.seed)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Method`."""
+        return self.memory.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """See `Method`."""
+        self.memory.load_state_dict(state)
+
+
+class ProjectingMethod(EpisodicMethod):
+    """One that changes the step's gradient by what the kept rows would lose by it."""
+
+    def __init__(self, options: Options | None = None, seed: int = 0) -> None:
+        super().__init__(options, seed)
+        self._last = StepMetrics()
+
+    def before_step(self, step: int) -> None:
+        """See `Method`."""
+        self.step = step
+
+    def projected(self, gradient_D: Tensor) -> Tensor:
+        """The gradient to take instead; the same object where it may stay. Collective."""
+        raise NotImplementedError
+
+    def after_backward(self, engine: Engine) -> None:
+        """See `Method`."""
+        if not len(self.memory):
+            return
+        gradients = engine.adapter_gradients()
+        gradient_D = flatten(gradients)
+        projected_D = self.projected(gradient_D)
+        if projected_D is not gradient_D:
+            engine.set_adapter_gradients(unflatten(projected_D, {name: g.shape for name, g in gradients.items()}))
+        ratio = (projected_D - gradient_D).norm() / gradient_D.norm().clamp_min(1e-30)
+        self._last = StepMetrics({"penalty_ratio": ratio})
+
+    def step_skipped(self) -> None:
+        """See `Method`."""
+        self._last = StepMetrics()
+
+    def metrics(self) -> StepMetrics:
+        """See `Method`."""
+        return self._last
+
+
 def deal(rows: Sequence[Row], rank: int, world: int, at_most: int) -> Iterator[tuple[Sequence[Row], float]]:
     """This rank's groups of at most `at_most` rows and their weight: 1, or 0 for a stand-in.
 
@@ -81,14 +151,6 @@ def deal(rows: Sequence[Row], rank: int, world: int, at_most: int) -> Iterator[t
     for first in range(0, len(groups), world):
         mine = first + rank
         yield (groups[mine], 1.0) if mine < len(groups) else (rows[:1], 0.0)
-
-
-def local_gradient(engine: Engine, loss: Callable[[], Tensor]) -> Tensor:
-    """This rank's gradient of one scalar with respect to the adapter, float32 [D]; the engine's own are left alone."""
-    parameters = list(adapter_parameters(engine.module).values())
-    gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
-    pairs = zip(parameters, gradients, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).detach().reshape(-1).float() for p, g in pairs])
 
 
 def row_gradients(engine: Engine, task: TaskContext, rows: Sequence[Row]) -> Iterator[tuple[int, Tensor, float]]:
@@ -109,13 +171,14 @@ def memory_gradients(engine: Engine, task: TaskContext, sets: Sequence[Tensor], 
         sets: Each int64 [., 3] as in `EpisodicMemory`.
         at_most: Rows of one forward pass.
     """
-    numbers = sum(parameter.numel() for parameter in adapter_parameters(engine.module).values())
+    numbers = sum(leaf.numel() for leaf in engine.adapter_leaves().values())
     total_SD = torch.zeros(len(sets), numbers, device=engine.device)
     for place, rows_M3 in enumerate(sets):
         normaliser = int(rows_M3[:, 2].sum()) / engine.world_size
         rows: list[Row] = [(int(unit), int(row)) for unit, row, _ in rows_M3]
         for group, weight in deal(rows, engine.rank, engine.world_size, at_most):
-            total_SD[place] += weight * local_gradient(engine, _loss_on(engine, task, group, normaliser))
+            loss = _loss_on(engine, task, group, normaliser)
+            total_SD[place] += weight * local_gradient(engine, loss)
     return engine.all_reduce(total_SD, mean=True)
 
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from treelora.adapters import AdapterState, adapter_parameters
+from treelora.adapters import AdapterState
 from treelora.engine import Engine
 from treelora.methods.base import Method, StepMetrics, TaskContext
 from treelora.methods.episodic import PURPOSE_FISHER, choose, row_gradients
@@ -47,7 +47,7 @@ class EWC(Method):
         self.task = task
         if self.fisher_D is not None:
             self.fisher_D = self.fisher_D.to(engine.device)
-            names = adapter_parameters(engine.module)
+            names = engine.adapter_leaves()
             self._star_D = flatten({name: bank[-1][name] for name in names}).to(engine.device)
 
     resume_task = begin_task
@@ -56,7 +56,7 @@ class EWC(Method):
         """See `Method`."""
         if self.fisher_D is None:
             return None
-        weights_D = torch.cat([tensor.reshape(-1) for tensor in adapter_parameters(engine.module).values()])
+        weights_D = torch.cat([tensor.reshape(-1) for tensor in engine.adapter_leaves().values()])
         penalty = self.options.strength / 2 * (self.fisher_D * (weights_D - self._star_D).square()).sum()
         self._penalty = penalty.detach()
         return penalty

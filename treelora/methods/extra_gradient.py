@@ -7,8 +7,23 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from treelora.adapters import adapter_parameters
 from treelora.engine import Engine
+
+
+def local_gradient(engine: Engine, loss: Callable[[], Tensor]) -> Tensor:
+    """This rank's gradient of one scalar with respect to the adapter, float32 [D]; zero where it doesn't depend on it.
+
+    The engine's `.grad` fields, reductions and optimizer are left alone. Collective.
+    """
+    leaves = list(engine.adapter_leaves().values())
+    shapes = [leaf.shape for leaf in leaves]  # before the forward pass, after which ZeRO-3 may put them away
+    gradients = torch.autograd.grad(loss(), leaves, allow_unused=True)
+    return torch.cat(
+        [
+            torch.zeros(shape.numel(), device=engine.device) if gradient is None else gradient.reshape(-1).float()
+            for shape, gradient in zip(shapes, gradients, strict=True)
+        ]
+    )
 
 
 def adapter_gradient(engine: Engine, losses: Iterable[Callable[[], Tensor]]) -> dict[str, Tensor]:
@@ -19,20 +34,12 @@ def adapter_gradient(engine: Engine, losses: Iterable[Callable[[], Tensor]]) -> 
         losses: Each computes one scalar with `engine.module` when called; a rank may have several, every rank as many.
 
     Returns:
-        A gradient a tensor of the adapter, of its shape; zero where the losses don't depend on it.
+        A gradient a tensor of the adapter, of its shape.
     """
-    parameters = list(adapter_parameters(engine.module).values())
-    # asked of the engine, because a parameter that ZeRO-3 has put away is empty
-    shapes = {name: tensor.shape for name, tensor in engine.adapter_tensors().items()}
+    shapes = {name: leaf.shape for name, leaf in engine.adapter_leaves().items()}
     flat = torch.zeros(sum(shape.numel() for shape in shapes.values()), device=engine.device)
     for loss in losses:
-        gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
-        flat += torch.cat(
-            [
-                flat.new_zeros(shape.numel()) if gradient is None else gradient.detach().reshape(-1).float()
-                for shape, gradient in zip(shapes.values(), gradients, strict=True)
-            ]
-        )
+        flat += local_gradient(engine, loss)
     return unflatten(engine.all_reduce(flat, mean=True), shapes)
 
 

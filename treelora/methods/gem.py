@@ -20,17 +20,11 @@ Shapes: K past tasks, D numbers of the adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from treelora.adapters import AdapterState
-from treelora.engine import Engine
-from treelora.methods.base import Method, StepMetrics, TaskContext
-from treelora.methods.episodic import EpisodicMemory, memory_gradients
-from treelora.methods.extra_gradient import flatten, unflatten
+from treelora.methods.episodic import ProjectingMethod, memory_gradients
 from treelora.options.peers import GEMOptions
 
 BLOCK = 2**20  # numbers of the adapter that are turned into float64 at a time
@@ -70,53 +64,21 @@ def solve_dual(gram_KK: np.ndarray, product_K: np.ndarray, margin: float) -> np.
     return np.asarray(margin + solution_K / length_K)
 
 
-class GEM(Method):
+class GEM(ProjectingMethod):
     """GEM: the step's gradient opposes no past task's."""
 
     name = "gem"
-    replays = True
 
     def __init__(self, options: GEMOptions | None = None, seed: int = 0):
         super().__init__(options, seed)
         self.options = options or GEMOptions()
-        self.memory = EpisodicMemory()
-        self._last = StepMetrics()
 
-    def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
-        """See `Method`."""
-        self.task = task
+    def rows_to_keep(self, rows: int) -> int:
+        """See `EpisodicMethod`."""
+        return self.options.rows_per_task
 
-    resume_task = begin_task
-
-    def after_backward(self, engine: Engine) -> None:
-        """See `Method`."""
-        if not len(self.memory):
-            return
-        memory_KD = memory_gradients(engine, self.task, self.memory.of_each_task(), self.options.micro_rows)
-        gradients = engine.adapter_gradients()
-        gradient_D = flatten(gradients)
-        projected_D = project(gradient_D, memory_KD, self.options.margin)
-        if projected_D is not gradient_D:
-            engine.set_adapter_gradients(unflatten(projected_D, {name: g.shape for name, g in gradients.items()}))
-        ratio = (projected_D - gradient_D).norm() / gradient_D.norm().clamp_min(1e-30)
-        self._last = StepMetrics({"penalty_ratio": ratio})
-
-    def step_skipped(self) -> None:
-        """See `Method`."""
-        self._last = StepMetrics()
-
-    def end_task(self, engine: Engine) -> None:
-        """See `Method`."""
-        self.memory.add(self.task, self.options.rows_per_task, self.seed)
-
-    def metrics(self) -> StepMetrics:
-        """See `Method`."""
-        return self._last
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """See `Method`."""
-        return self.memory.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """See `Method`."""
-        self.memory.load_state_dict(state)
+    def projected(self, gradient_D: Tensor) -> Tensor:
+        """See `ProjectingMethod`."""
+        sets = self.memory.of_each_task()
+        memory_KD = memory_gradients(self.engine, self.task, sets, self.options.micro_rows)
+        return project(gradient_D, memory_KD, self.options.margin)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from treelora.adapters import adapter_parameters
 from treelora.engine import Engine
 from treelora.methods.base import StepMetrics
 from treelora.methods.slices import Accumulating, cut, fresh_rows
@@ -43,7 +42,7 @@ class OLoRA(Accumulating):
             return None
         overlaps = [
             (parameter[self.slices.past].detach() @ parameter[self.slices.own].T).abs().sum()
-            for name, parameter in adapter_parameters(engine.module).items()
+            for name, parameter in engine.adapter_leaves().items()
             if ".lora_A." in name
         ]
         penalty = self.options.strength * torch.stack(overlaps).sum()

@@ -26,12 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treelora.adapters import AdapterState
 from treelora.data.batches import NO_LOSS, Batch
 from treelora.engine import Engine
 from treelora.errors import ConfigError
-from treelora.methods.base import Method, TaskContext
-from treelora.methods.episodic import PURPOSE_REPLACED, EpisodicMemory, choose
+from treelora.methods.episodic import PURPOSE_REPLACED, EpisodicMethod, choose
 from treelora.models.causal import answer_logits
 from treelora.options.peers import ReplayOptions
 
@@ -53,22 +51,18 @@ def join(own: Batch, kept: Sequence[int], replayed: Batch) -> Batch:
     )
 
 
-class Replay(Method):
+class Replay(EpisodicMethod):
     """Experience replay at equal rows a step."""
 
     name = "replay"
-    replays = True
 
     def __init__(self, options: ReplayOptions | None = None, seed: int = 0):
         super().__init__(options, seed)
         self.options = options or ReplayOptions()
-        self.memory = EpisodicMemory()
 
-    def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
-        """See `Method`."""
-        self.task, self.engine = task, engine
-
-    resume_task = begin_task
+    def rows_to_keep(self, rows: int) -> int:
+        """See `EpisodicMethod`."""
+        return max(1, math.floor(self.options.share * rows + 0.5))
 
     def before_step(self, step: int) -> None:
         """Deal the replayed rows to this worker's micro-batches.
@@ -121,16 +115,3 @@ class Replay(Method):
         weights_B = torch.ones(rows, device=losses.device)
         weights_B[rows - len(plan) :] = self.options.weight
         return (losses.view_as(labels_BW).sum(1) * weights_B).sum() / self._normaliser
-
-    def end_task(self, engine: Engine) -> None:
-        """See `Method`."""
-        rows = self.task.sizes[self.task.index]
-        self.memory.add(self.task, max(1, math.floor(self.options.share * rows + 0.5)), self.seed)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """See `Method`."""
-        return self.memory.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """See `Method`."""
-        self.memory.load_state_dict(state)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from treelora.adapters import AdapterState, adapter_parameters
+from treelora.adapters import AdapterState
 from treelora.engine import Engine
 from treelora.errors import ConfigError
 from treelora.methods.base import Method, TaskContext
@@ -100,7 +100,7 @@ class Accumulating(Method):
         Raises:
             ConfigError: the adapter has no slice for this task, or lies in parts on several workers.
         """
-        tensors, parameters = engine.adapter_tensors(), adapter_parameters(engine.module)
+        tensors, parameters = engine.adapter_tensors(), engine.adapter_leaves()
         ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
         if any(rank % self.rank or rank < (task.index + 1) * self.rank for rank in ranks):
             raise ConfigError(
