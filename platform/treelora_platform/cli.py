@@ -134,6 +134,33 @@ def show(run_dir: RunDir) -> None:
 
 @app.command()
 @friendly
+def sweep(
+    file: Annotated[str, typer.Argument(metavar="SWEEP", help="A YAML file, or the name of an example sweep.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="trials=16, or overrides.train.steps=8 for every trial."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Only go on with what is there (also the default).")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what a sweep of this name has left.")] = False,
+) -> None:
+    """Search hyperparameters: every trial is a whole experiment with its own workers, all of them one MLflow sweep.
+
+    The same command goes on with a sweep that was interrupted: finished trials are not run again, others go on from
+    their last commit.
+
+    Exit codes: 0 done, 1 all trials failed, 2 the sweep was refused, 130 interrupted.
+    """
+    from treelora_platform.recipes import recipe_path
+    from treelora_platform.sweep.driver import run_sweep
+    from treelora_platform.sweep.spec import load_sweep
+
+    if resume and fresh:
+        _fail("--resume and --fresh exclude each other", EXIT_REFUSED)
+    run_sweep(load_sweep(recipe_path(file, "sweeps"), overrides), _console(), fresh=fresh, resume=resume)
+
+
+@app.command()
+@friendly
 def demo(
     output_dir: Annotated[str, typer.Option(help="Folder for the runs.")] = "runs",
     fresh: Annotated[bool, typer.Option("--fresh", help="Run again although it is complete.")] = False,

@@ -26,6 +26,8 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_LOG_TO_DRIVER_EVENT_LEVEL": "ERROR",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables; a sweep prints its own
 }
 # Ray's own messages would break the progress display; errors reach the user through our exceptions.
 _QUIET = ("ray", "ray.train", "ray.tune", "ray.data")

@@ -308,7 +308,7 @@ def load_config(path: str | Path, overrides: Annotated[list[str], "key=value"] |
     if not isinstance(plain, dict):
         raise ConfigError(f"{path}: holds a {type(plain).__name__}; a configuration is a mapping of keys to values")
     for override in overrides or []:
-        _apply(plain, override)
+        set_value(plain, override)
     return parse_config(plain, origin=str(path))
 
 
@@ -335,11 +335,16 @@ def parse_options(texts: list[str]) -> dict[str, Any]:
     """
     plain: dict[str, Any] = {}
     for text in texts:
-        _apply(plain, text)
+        set_value(plain, text)
     return plain
 
 
-def _apply(plain: dict[str, Any], override: str) -> None:
+def set_value(plain: dict[str, Any], override: str) -> None:
+    """Set one `key=value`, the key dotted and the value YAML, in a nested mapping.
+
+    Raises:
+        ConfigError: the text is not of that form.
+    """
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {override!r}: write key=value, such as train.learning_rate=5e-4")

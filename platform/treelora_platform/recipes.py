@@ -7,8 +7,13 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent / "configs"
 
 
-def recipe_path(name: str) -> Path:
-    """The file that is meant: a path as it is, or the recipe of that name where no such file exists."""
+def recipe_path(name: str, folder: str = ".") -> Path:
+    """The file that is meant: a path as it is, or the recipe of that name where no such file exists.
+
+    Args:
+        name: A path or a name.
+        folder: Of the recipes' own, such as `sweeps`.
+    """
     path = Path(name).expanduser()
-    packaged = FOLDER / f"{name}.yaml"
+    packaged = FOLDER / folder / f"{name}.yaml"
     return packaged if not path.exists() and packaged.exists() else path

@@ -6,18 +6,18 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
 from treelora.errors import ConfigError, TreeLoRAError
 from treelora.models.smollm2 import cached_smollm2
 from treelora_platform.checkpoint import newest_commit
-from treelora_platform.config import ExperimentConfig, parse_config
+from treelora_platform.config import ExperimentConfig, MethodName, parse_config
 from treelora_platform.prepare import PreparedStream, cache_folder, check_storage, prepare_stream, run_folder
 from treelora_platform.provenance import versions
 from treelora_platform.run_tables import read_config_yaml, read_run_json
@@ -28,6 +28,10 @@ RUN_JSON = "run.json"
 
 class RunFailedError(TreeLoRAError):
     """The workers stopped before the stream was learnt; what was committed is safe."""
+
+
+class RunBusyError(ConfigError):
+    """Another process is executing the run."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ def run_experiment(
     fresh: bool = False,
     force: bool = False,
     parent_run_id: str | None = None,
+    sweep: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Run an experiment, or go on with it where it stopped; the same command does both.
 
@@ -55,6 +60,7 @@ def run_experiment(
         fresh: Delete what an earlier run of this name has left, and begin anew.
         force: Go on although the configuration differs from the one that the run began with.
         parent_run_id: MLflow run of the sweep that this is a trial of.
+        sweep: The values that the sweep chose, by dotted key; MLflow shows them as `sweep.<key>`.
 
     Raises:
         TreeLoRAError: with what the user can do about it.
@@ -62,7 +68,7 @@ def run_experiment(
     check_storage(config)
     check_resources(config)
     run_dir = run_folder(config)
-    with _only_one(run_dir):
+    with only_one(run_dir):
         if fresh:
             _clear(run_dir)
         if _complete(run_dir, config, force):
@@ -75,7 +81,7 @@ def run_experiment(
                 cached_smollm2()
         if not force:
             _refuse_other_data(run_dir, prepared)
-        return _execute(config, prepared, run_dir, console, parent_run_id)
+        return _execute(config, prepared, run_dir, console, parent_run_id, sweep or {})
 
 
 def check_resources(config: ExperimentConfig) -> None:
@@ -110,6 +116,7 @@ def _execute(
     run_dir: Path,
     console: Console,
     parent_run_id: str | None,
+    sweep: Mapping[str, Any],
 ) -> Outcome:
     from treelora_platform.closing import close_run
     from treelora_platform.cluster import connect, fit, tree_actor
@@ -123,7 +130,7 @@ def _execute(
         config.tracking.uri,
         config.tracking.experiment,
         config.name,
-        config.as_dict(),
+        _params(config) | ({"sweep": dict(sweep)} if sweep else {}),
         _tags(config, record),
         parent_run_id,
         run_dir=run_dir,
@@ -176,6 +183,12 @@ def _record(config: ExperimentConfig, prepared: PreparedStream, known: dict[str,
         "created": known.get("created", time.time()),
         "attempts": known.get("attempts", 0) + 1,
     }
+
+
+def _params(config: ExperimentConfig) -> dict[str, Any]:
+    """The configuration without the settings of methods that the run doesn't use."""
+    others = set(get_args(MethodName)) - {config.method}
+    return {key: value for key, value in config.as_dict().items() if key not in others}
 
 
 def _tags(config: ExperimentConfig, record: dict[str, Any]) -> dict[str, str]:
@@ -251,7 +264,12 @@ def _clear(run_dir: Path) -> None:
 
 
 @contextmanager
-def _only_one(run_dir: Path) -> Iterator[None]:
+def only_one(run_dir: Path) -> Iterator[None]:
+    """Hold a folder's lock.
+
+    Raises:
+        RunBusyError: another process holds it.
+    """
     import fcntl
 
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -259,7 +277,7 @@ def _only_one(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(
+            raise RunBusyError(
                 f"run {run_dir.name!r} is being executed by another process ({run_dir}); wait or rename"
             ) from None
         yield

@@ -104,7 +104,8 @@ class Sender:
     def finish(self, end: Finish) -> list[str]:
         """Send final metrics, artifacts and the status; returns the artifacts that are not there."""
         server = self._connected()
-        _log(server, self._run_id, final_points(self.run_dir))
+        if (self.run_dir / "tables").exists():  # the folder of a sweep has none
+            _log(server, self._run_id, final_points(self.run_dir))
         missing = []
         for name in end.artifacts:
             path = self.run_dir / name

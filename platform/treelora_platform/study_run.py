@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from rich.markup import escape
 
 from treelora.errors import DataError
 from treelora_platform.config import ExperimentConfig
+from treelora_platform.jsonl import append_line, read_lines
 from treelora_platform.prepare import run_folder
 from treelora_platform.run import run_experiment
 from treelora_platform.run_tables import read_run_json
@@ -50,20 +50,14 @@ class Log:
         Raises:
             DataError: the file holds something else.
         """
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
         try:
-            return [Entry(**json.loads(line)) for line in lines if line]
+            return [Entry(**record) for record in read_lines(self.path)]
         except (ValueError, TypeError) as error:
             raise DataError(f"{self.path}: is not a study's log ({error}); move it away") from None
 
     def add(self, entry: Entry) -> None:
         """Append an entry."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + json.dumps(asdict(entry)) + "\n")
+        append_line(self.path, asdict(entry))
 
     def failures(self, jobs: Sequence[Job]) -> list[tuple[Job, str]]:
         """The jobs whose last attempt failed, and why."""

@@ -128,6 +128,16 @@ def finish_run(
     return _complete(sender, drain_s)
 
 
+def adopt_runs(tracking_uri: str, parent_run_id: str, run_ids: Sequence[str]) -> None:
+    """Make runs the children of another, those that began while the server was down; the others already are."""
+    try:
+        client = MlflowServer(tracking_uri).client
+        for run_id in run_ids:
+            client.set_tag(run_id, "mlflow.parentRunId", parent_run_id)
+    except _refusals() as error:
+        _log.warning("MLflow: %s; some trials have no parent run", _one_line(error))
+
+
 def replay(run_dir: Path, tracking_uri: str | None = None, *, drain_s: float = 600.0) -> FinishReport:
     """Send all that the server lacks, and the end of the run if it has ended: `treelora track RUN`.
 

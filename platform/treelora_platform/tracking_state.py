@@ -8,10 +8,11 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from treelora.data.parquet import write_bytes_atomically
 from treelora.errors import DataError
+from treelora_platform.config import MethodName
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -21,8 +22,9 @@ KEY_CHARS = 250  # MLflow refuses longer ones
 # Sections that runs are compared by. Paths, addresses and the importers' free-form options, which may hold
 # credentials, stay out.
 PARAMETERS = (
-    *("name", "seed", "method", "sweep", "stream", "model", "lora", "treelora", "train", "engine"),
+    *("name", "seed", "method", "sweep", "stream", "model", "lora", "train", "engine"),
     *("evaluation", "checkpoint", "cluster"),
+    *get_args(MethodName),
 )
 _FREE_FORM = "stream.options"
 _SECRET = re.compile(r"key|token(?!s$)|password|secret", re.IGNORECASE)  # `max_new_tokens` counts

@@ -1,0 +1,258 @@
+"""The driver of a sweep: preflight, Ray Tune, MLflow's parent run, and what came of it all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from treelora.data.names import slugify
+from treelora.errors import ConfigError, TreeLoRAError
+from treelora_platform.config import ExperimentConfig
+from treelora_platform.prepare import check_storage, prepare_stream
+from treelora_platform.provenance import versions
+from treelora_platform.run import check_resources, only_one
+from treelora_platform.sweep.journal import Entry, Journal
+from treelora_platform.sweep.space import check_rungs, check_space, draws, encode, grid, tune_space, wire_name
+from treelora_platform.sweep.spec import Range, SweepSpec, template, trial_config
+from treelora_platform.tracking import FinishReport, adopt_runs, finish_run, resolve_tracking_uri, start_run
+from treelora_platform.tracking_state import Status
+
+SPEC_JSON = "sweep.json"
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """How a sweep ended."""
+
+    folder: Path
+    entries: list[Entry]
+    mlflow_run_id: str | None
+    tracking: FinishReport
+
+
+def run_sweep(spec: SweepSpec, console: Console, *, fresh: bool = False, resume: bool = False) -> SweepOutcome:
+    """Run a sweep, or go on with it where it stopped; the same command does both.
+
+    Args:
+        spec: What is searched.
+        console: Where progress is shown.
+        fresh: Delete what an earlier sweep of this name has left, and begin anew.
+        resume: Refuse to begin anew: there must be something to go on with.
+
+    Raises:
+        TreeLoRAError: with what the user can do about it.
+        KeyboardInterrupt: it was interrupted; the same command goes on.
+    """
+    base = check_space(spec)
+    check_storage(base)
+    check_resources(base)
+    folder = Path(base.output_dir).expanduser().resolve() / slugify(spec.name)
+    if resume and not (folder / SPEC_JSON).exists():
+        raise ConfigError(f"--resume: there is no sweep {spec.name!r} in {folder.parent}; leave --resume out")
+    with only_one(folder):
+        _claim(folder, spec, fresh)
+        with console.status("preparing the tasks"):
+            at = {"output_dir": str(folder / "runs")}
+            lengths = [len(prepare_stream(one.model_copy(update=at)).stream) for one in _streams(spec, base)]
+        for tasks in lengths:
+            check_rungs(spec, tasks)
+        return _execute(spec, base, max(lengths), folder, console)
+
+
+def _execute(spec: SweepSpec, base: ExperimentConfig, tasks: int, folder: Path, console: Console) -> SweepOutcome:
+    from treelora_platform.cluster import connect
+    from treelora_platform.sweep.outcome import show_sweep, write_sweep
+
+    journal = Journal(folder / "trials.jsonl")
+    known = journal.latest()
+    uri = resolve_tracking_uri(base.tracking.uri, folder.parent)
+    parent = start_run(
+        base.tracking.uri,
+        base.tracking.experiment,
+        spec.name,
+        {"sweep": spec.model_dump(mode="json")},
+        {"treelora.kind": "sweep", "treelora.sweep": spec.name, "version.commit": versions()["commit"]},
+        run_dir=folder,
+        base=folder.parent,
+    )
+    if known:
+        ended = sum(entry.status in ("done", "stopped") for entry in known.values())
+        console.print(f"going on: {ended} of {spec.count()} trials have ended")
+    status: Status = "FAILED"
+    try:
+        connect(base)
+        at_once = room_for(base, spec)
+        console.print(f"sweep {spec.name}: {spec.count()} trials, {at_once} at once, in {folder}", highlight=False)
+        _tune(spec, tasks, folder, console, {"tracking_uri": uri, "parent_run_id": parent}, at_once)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        entries = list(journal.latest().values())
+        artifacts = write_sweep(spec, entries, folder) if entries else []
+        report = finish_run(folder, base.tracking.uri, parent, status, artifacts)
+        if report.run_id:
+            adopt_runs(uri, report.run_id, [entry.mlflow_run_id for entry in entries if entry.mlflow_run_id])
+    show_sweep(spec, entries, folder, console)
+    if not report.sent:
+        console.print(f"[yellow]MLflow is not complete:[/] {report.error}. {report.hint}")
+    if entries and all(entry.status == "failed" for entry in entries):
+        raise TreeLoRAError(f"all {len(entries)} trials failed; the first one: {entries[0].message}")
+    return SweepOutcome(folder, entries, report.run_id, report)
+
+
+def _tune(spec: SweepSpec, tasks: int, folder: Path, console: Console, tracking: dict[str, Any], at_once: int) -> None:
+    from ray import tune
+
+    from treelora_platform.sweep.progress import SweepProgress
+    from treelora_platform.sweep.trainable import RESOURCES, Trial
+
+    journal = Journal(folder / "trials.jsonl")
+    config = {
+        "spec": spec.model_dump(mode="json"),
+        "base": template(spec),
+        "output_dir": str(folder / "runs"),
+        "sweep_dir": str(folder),
+        **tracking,
+    }
+    search, values, samples = None, {}, 1
+    if spec.search == "optuna":
+        search, values, samples = _optuna(spec, list(journal.latest().values())), tune_space(spec), spec.trials
+    else:
+        listed = grid(spec) if spec.search == "grid" else draws(spec, spec.trials)
+        values = tune.grid_search([{wire_name(k): _wire(spec, k, v) for k, v in one.items()} for one in listed])
+    progress = SweepProgress(spec, tasks, console, journal)
+    tuner = tune.Tuner(
+        tune.with_resources(Trial, RESOURCES),
+        param_space=config | {"values": values},
+        tune_config=tune.TuneConfig(
+            search_alg=search, scheduler=_scheduler(spec, tasks), num_samples=samples, max_concurrent_trials=at_once
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder),
+            failure_config=tune.FailureConfig(max_failures=spec.retries),
+            callbacks=[progress],
+            verbose=0,
+        ),
+    )
+    with _term_as_interrupt():
+        tuner.fit()
+    if progress.done < spec.count():
+        raise KeyboardInterrupt  # Tune has ended all trials in order, and says nothing of it
+
+
+def _wire(spec: SweepSpec, key: str, value: Any) -> Any:
+    return value if isinstance(spec.space[key], Range) else encode(value)
+
+
+def _optuna(spec: SweepSpec, known: list[Entry]) -> Any:
+    """Optuna's search, which is first told of the trials that began before: they end at once, and so inform it."""
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    points = [{f"values/{wire_name(k)}": _wire(spec, k, v) for k, v in entry.values.items()} for entry in known]
+    scores: list[str] = list(spec.objectives)
+    better: list[str] = list(spec.objectives.values())
+    one = len(scores) == 1
+    return OptunaSearch(
+        metric=scores[0] if one else scores,
+        mode=better[0] if one else better,
+        points_to_evaluate=points or None,
+        seed=spec.seed + len(known),  # with the same seed a sweep that goes on would draw its first trials again
+    )
+
+
+def _scheduler(spec: SweepSpec, tasks: int) -> Any:
+    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+
+    if spec.scheduler.kind == "none":
+        return FIFOScheduler()
+    return AsyncHyperBandScheduler(
+        time_attr="tasks",
+        metric=spec.primary,
+        mode=spec.objectives[spec.primary],
+        max_t=tasks,
+        grace_period=spec.scheduler.grace_tasks,
+        reduction_factor=spec.scheduler.reduction_factor,
+    )
+
+
+def room_for(base: ExperimentConfig, spec: SweepSpec) -> int:
+    """Trials that the cluster can run at once, `spec.concurrency` at most.
+
+    Raises:
+        ConfigError: not even one.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    counts = [int(value) for value in spec.lists.get("cluster.workers", []) if isinstance(value, int)]
+    workers = max([base.cluster.workers, *counts])
+    need = {"CPU": workers * base.cluster.cpus_per_worker, "GPU": workers * base.cluster.gpus_per_worker}
+    rooms = {kind: have.get(kind, 0.0) / amount for kind, amount in need.items() if amount}
+    if scarce := [kind for kind, room in rooms.items() if room < 1]:
+        kind = scarce[0]
+        raise ConfigError(
+            f"cluster: one trial needs {need[kind]:g} {kind}s, the cluster has {have.get(kind, 0):g}; lower "
+            "cluster.workers or what each of them takes"
+        )
+    return max(1, min(int(min(rooms.values())), spec.concurrency or spec.count(), spec.count()))
+
+
+def _streams(spec: SweepSpec, base: ExperimentConfig) -> list[ExperimentConfig]:
+    """A configuration for each stream that the space can lead to, as far as one key at a time tells."""
+    lists = {key: values for key, values in spec.lists.items() if key.startswith("stream.")}
+    first = {key: values[0] if isinstance(values, list) else values.low for key, values in spec.space.items()}
+    shared = template(spec)
+    varied = [trial_config(shared, {**first, key: value}) for key, values in lists.items() for value in values]
+    return [base, *varied]
+
+
+def _claim(folder: Path, spec: SweepSpec, fresh: bool) -> None:
+    """Make the folder this sweep's, or see that it is.
+
+    Raises:
+        ConfigError: another sweep of this name is there.
+    """
+    plain = spec.model_dump(mode="json")
+    path = folder / SPEC_JSON
+    if fresh:
+        for entry in folder.iterdir():
+            if entry.name != ".lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        # more trials, or a different number at once, make no other sweep
+        free = {"trials", "concurrency", "retries", "register_as", "register_best"}
+        differing = [key for key in {**before, **plain} if key not in free and before.get(key) != plain.get(key)]
+        if differing:
+            raise ConfigError(
+                f"sweep {spec.name!r} in {folder} was begun with another {', '.join(differing)}; choose another name, "
+                "or --fresh to delete it and begin anew"
+            )
+    scratch = folder / f".{SPEC_JSON}"
+    scratch.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+    os.replace(scratch, path)
+
+
+@contextmanager
+def _term_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end a sweep as Ctrl-C does: trials are told, and close their runs."""
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
