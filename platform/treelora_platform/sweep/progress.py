@@ -38,11 +38,11 @@ class SweepProgress(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See `ray.tune.Callback`."""
-        self.began.setdefault(trial.trial_id, time.monotonic())
         values = decode(self.spec, trial.config["values"])
         name = trial_config(trial.config["base"], values).name
         known = self.journal.latest().get(name)
         if not known or known.status not in ("done", "stopped"):
+            self.began.setdefault(trial.trial_id, time.monotonic())
             self.journal.add(Entry(name, values, "begun"))
             self._say(trial, "[dim]begins[/]")
 
@@ -50,7 +50,8 @@ class SweepProgress(Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """See `ray.tune.Callback`."""
-        if count := result.get("tasks"):
+        count = result.get("tasks")
+        if count and trial.trial_id in self.began:  # else it tells of what an earlier call has shown
             scores = ", ".join(f"{name} {result[name]:.1f}" for name in self.spec.objectives if name in result)
             self._say(trial, f"{count}/{self.tasks} tasks  {scores}")
 
@@ -65,18 +66,17 @@ class SweepProgress(Callback):
 
     def _ended(self, trial: Any, status: Status, message: str = "") -> None:
         self.done += 1
+        if status != "failed" and trial.trial_id not in self.began:
+            return
         values, result = decode(self.spec, trial.config["values"]), trial.last_result or {}
         scores = {name: _measured(result.get(name)) for name in BETTER}
         name = trial_config(trial.config["base"], values).name
         run_id = result.get("mlflow_run_id", "")
         self.journal.add(Entry(name, values, status, result.get("tasks", 0), scores, run_id, message))
-        begin = self.began.get(trial.trial_id)
-        if begin is not None:
-            self.spent.append(time.monotonic() - begin)
-        running = sum(1 for _ in self.began) - self.done
+        self.spent.append(time.monotonic() - self.began.pop(trial.trial_id, time.monotonic()))
         left = ""
         if self.spent and self.done < self.total:
-            rest = sum(self.spent) / len(self.spent) * (self.total - self.done) / max(1, running + 1)
+            rest = sum(self.spent) / len(self.spent) * (self.total - self.done) / (len(self.began) + 1)
             left = f"; about {format_seconds(rest)} left"
         self._say(trial, f"{SAID[status]}{escape(message)}  [dim]{self.done} of {self.total} trials{left}[/]")
 
