@@ -228,13 +228,14 @@ def track(
     run_dir: RunDir,
     uri: Annotated[str | None, typer.Option(help="Tracking server, where it is not the run's own.")] = None,
 ) -> None:
-    """Send to MLflow what it has not got yet, for instance because its server was down."""
+    """Send to MLflow what it has not got yet of a run or a sweep, for instance because its server was down."""
+    from treelora_platform.sweep.replay import is_sweep, replay_sweep
     from treelora_platform.tracking import replay
 
-    report = replay(run_dir, uri)
-    if not report.sent:
-        _fail(f"{report.error}. {report.hint}", EXIT_FAILED)
-    typer.echo(f"MLflow run {report.run_id} is complete")
+    for report in replay_sweep(run_dir, uri) if is_sweep(run_dir) else [replay(run_dir, uri)]:
+        if not report.sent:
+            _fail(f"{report.error}. {report.hint}", EXIT_FAILED)
+        typer.echo(f"MLflow run {report.run_id} is complete")
 
 
 @app.command()

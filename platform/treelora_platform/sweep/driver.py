@@ -21,13 +21,11 @@ from treelora_platform.prepare import check_storage, prepare_stream
 from treelora_platform.provenance import versions
 from treelora_platform.run import check_resources, only_one
 from treelora_platform.sweep.journal import Entry, Journal
+from treelora_platform.sweep.replay import SPEC_JSON
 from treelora_platform.sweep.space import check_rungs, check_space, draws, encode, grid, tune_space, wire_name
 from treelora_platform.sweep.spec import Range, SweepSpec, template, trial_config
 from treelora_platform.tracking import FinishReport, adopt_runs, finish_run, resolve_tracking_uri, start_run
 from treelora_platform.tracking_state import Status
-
-SPEC_JSON = "sweep.json"
-
 
 @dataclass(frozen=True)
 class SweepOutcome:
