@@ -93,7 +93,7 @@ class StreamLoop:
         if start:
             method.resume_task(context, engine, self.bank)
         else:
-            self.hooks.stage(index, unit.name, "measuring its signature")
+            self.hooks.stage(index, unit.name, method.preparation)
             engine.reset_optimizer()
             method.begin_task(context, engine, self.bank)
         bad = 0

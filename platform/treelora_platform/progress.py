@@ -29,7 +29,7 @@ POLL_S = 0.2
 QUIET_S = 15.0
 
 
-def format_seconds(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """`75` as `1:15`."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
@@ -146,7 +146,7 @@ class Watcher:
             self._eta.was_judged(event["unit"], when - self._judge_begin)
             means = ", ".join(f"{mode} {value:.1f}" for mode, value in event["scores"].items())
             self.console.print(
-                f"  [dim]{format_seconds(self._elapsed())}[/]  after [bold]{event['task']}[/]: mean score {means}"
+                f"  [dim]{clock(self._elapsed())}[/]  after [bold]{event['task']}[/]: mean score {means}"
             )
         elif kind == "note":
             self.console.print(f"  [dim]{event['what']}[/]")
@@ -157,12 +157,12 @@ class Watcher:
 
     def _show(self, what: str, **fields: Any) -> None:
         left = self._eta.left() if self._eta else None
-        eta = f"ETA {format_seconds(left)}" if left is not None else ""
+        eta = f"ETA {clock(left)}" if left is not None else ""
         self._bar.update(self._task, what=what, eta=eta, **fields)
         if not self.console.is_terminal and time.monotonic() - self._printed > QUIET_S:
             self._printed = time.monotonic()
             done = f"{self._eta.done_steps}/{sum(self._eta.steps)} steps" if self._eta else ""
-            self.console.print(f"  {format_seconds(self._elapsed())}  {self.label}: {what}  {done}  {eta}".rstrip())
+            self.console.print(f"  {clock(self._elapsed())}  {self.label}: {what}  {done}  {eta}".rstrip())
 
     def _elapsed(self) -> float:
         return self._bar.tasks[self._task].elapsed or 0.0

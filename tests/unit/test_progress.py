@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from treelora_platform.progress import Eta, Watcher, format_seconds
+from treelora_platform.progress import Eta, Watcher, clock
 from treelora_platform.recorder import Recorder
 
 
@@ -19,8 +19,8 @@ from treelora_platform.recorder import Recorder
     ("seconds", "text"),
     [(0, "0:00"), (9.4, "0:09"), (75, "1:15"), (59.6, "1:00"), (3600, "1:00:00"), (36061, "10:01:01")],
 )
-def test_format_seconds(seconds: float, text: str) -> None:
-    assert format_seconds(seconds) == text
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
 
 
 def test_time_left_by_hand() -> None:

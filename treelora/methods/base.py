@@ -55,6 +55,8 @@ class Method:
     """
 
     name: ClassVar[str]
+    preparation: ClassVar[str] = "getting ready"
+    """What `begin_task` does, as progress shows it."""
     trains: ClassVar[bool] = True
     """Whether weights change at all."""
     joint: ClassVar[bool] = False

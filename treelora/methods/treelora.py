@@ -71,6 +71,7 @@ class TreeLoRA(Method):
     """TreeLoRA; `memory` is used on rank 0 only and may be None elsewhere."""
 
     name = "treelora"
+    preparation = "measuring its signature"
 
     def __init__(self, options: TreeLoRAOptions, memory: Memory | None, seed: int = 0):
         self.options, self.memory, self.seed = options, memory, seed
