@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from treelora.errors import TreeLoRAError
+from treelora_platform.cli_experiments import experiments_app
+from treelora_platform.cli_support import EXIT_FAILED, EXIT_REFUSED, fail, friendly, make_console
 from treelora_platform.simulate import simulate_app
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     help="Continual learning of large pre-trained models with TreeLoRA, on Ray, DeepSpeed and MLflow.\n\n"
@@ -29,6 +23,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Import tasks to Parquet, and look at them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(simulate_app, name="simulate")
+app.add_typer(experiments_app)
 
 Overrides = Annotated[
     list[str] | None,
@@ -38,39 +33,6 @@ ConfigFile = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a recipe such as `demo`.")
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo-treelora.")]
-
-
-def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn our own errors into one message and an exit code; a bug still shows its traceback."""
-
-    @wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        from treelora_platform.run import RunFailedError
-
-        try:
-            command(*args, **kwargs)
-        except RunFailedError as error:
-            _fail(str(error), EXIT_FAILED)
-        except TreeLoRAError as error:
-            _fail(str(error), EXIT_REFUSED)
-        except KeyboardInterrupt:
-            _fail("interrupted; the same command goes on from the last commit", EXIT_INTERRUPTED)
-
-    return wrapper
-
-
-def _fail(message: str, code: int) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
-    raise typer.Exit(code)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(soft_wrap=not sys.stdout.isatty())
 
 
 @app.command()
@@ -96,8 +58,8 @@ def run(
     from treelora_platform.show import show_run
 
     if resume and fresh:
-        _fail("--resume and --fresh exclude each other", EXIT_REFUSED)
-    console = _console()
+        fail("--resume and --fresh exclude each other", EXIT_REFUSED)
+    console = make_console()
     outcome = run_experiment(load_config(recipe_path(config), overrides), console, fresh=fresh, force=force)
     if outcome.already_complete:
         console.print(f"already complete: {outcome.run_dir}; --fresh runs it again")
@@ -115,7 +77,7 @@ def validate(config: ConfigFile, overrides: Overrides = None) -> None:
     from treelora_platform.show import show_stream
 
     settings = load_config(recipe_path(config), overrides)
-    console = _console()
+    console = make_console()
     console.print(settings.as_yaml(), markup=False, highlight=False)
     check_storage(settings)
     show_stream(prepare_stream(settings), console)
@@ -129,34 +91,7 @@ def show(run_dir: RunDir) -> None:
     """Show a run: accuracy matrices, OP and BWT, the tree, and the arms that were pulled."""
     from treelora_platform.show import show_run
 
-    show_run(run_dir, _console())
-
-
-@app.command()
-@friendly
-def sweep(
-    file: Annotated[str, typer.Argument(metavar="SWEEP", help="A YAML file, or the name of an example sweep.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="trials=16, or overrides.train.steps=8 for every trial."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Only go on with what is there (also the default).")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what a sweep of this name has left.")] = False,
-) -> None:
-    """Search hyperparameters: every trial is a whole experiment with its own workers, all of them one MLflow sweep.
-
-    The same command goes on with a sweep that was interrupted: finished trials are not run again, others go on from
-    their last commit.
-
-    Exit codes: 0 done, 1 all trials failed, 2 the sweep was refused, 130 interrupted.
-    """
-    from treelora_platform.recipes import recipe_path
-    from treelora_platform.sweep.driver import run_sweep
-    from treelora_platform.sweep.spec import load_sweep
-
-    if resume and fresh:
-        _fail("--resume and --fresh exclude each other", EXIT_REFUSED)
-    run_sweep(load_sweep(recipe_path(file, "sweeps"), overrides), _console(), fresh=fresh, resume=resume)
+    show_run(run_dir, make_console())
 
 
 @app.command()
@@ -169,7 +104,7 @@ def demo(
     """Learn six tasks in a row with TreeLoRA and with plain LoRA, and compare what they kept."""
     from treelora_platform.demo import run_demo
 
-    run_demo(output_dir, overrides or [], fresh, _console())
+    run_demo(output_dir, overrides or [], fresh, make_console())
 
 
 @app.command()
@@ -184,7 +119,7 @@ def extend(
     from treelora_platform.extend import extend_run
     from treelora_platform.show import show_run
 
-    console = _console()
+    console = make_console()
     show_run(extend_run(run_dir, source, path, task, console).run_dir, console)
 
 
@@ -219,7 +154,7 @@ def predict(
 
     own = split_choices(choices) if choices is not None else None
     options = PredictOptions(inference, task, own, router_margin, max_new_tokens, batch_rows)
-    predict_file(run_dir, file, options, form=form, out=out, table=_console() if sys.stdout.isatty() else None)
+    predict_file(run_dir, file, options, form=form, out=out, table=make_console() if sys.stdout.isatty() else None)
 
 
 @app.command()
@@ -234,7 +169,7 @@ def track(
 
     for report in replay_sweep(run_dir, uri) if is_sweep(run_dir) else [replay(run_dir, uri)]:
         if not report.sent:
-            _fail(f"{report.error}. {report.hint}", EXIT_FAILED)
+            fail(f"{report.error}. {report.hint}", EXIT_FAILED)
         typer.echo(f"MLflow run {report.run_id} is complete")
 
 
@@ -281,7 +216,7 @@ def data_import(
     from treelora_platform.show import show_imports
 
     options = parse_options(option or [])
-    show_imports(import_tasks(source, path, task, out, options=options), _console())
+    show_imports(import_tasks(source, path, task, out, options=options), make_console())
 
 
 @data_app.command("show")
@@ -293,7 +228,7 @@ def data_show(
     """Show tasks in Parquet: kind, choices, how many rows, and the first few."""
     from treelora_platform.show import show_tasks
 
-    show_tasks(folder, rows, _console())
+    show_tasks(folder, rows, make_console())
 
 
 def main() -> None:

@@ -45,6 +45,8 @@ class PredictOptions:
     router_margin: float | None = None
     max_new_tokens: int | None = None
     batch_rows: int | None = None
+    base_model: str | None = None
+    """Hugging Face id or folder of the base model, where it isn't found under the run's own name for it."""
 
 
 def predict_file(
@@ -75,7 +77,7 @@ def predict_file(
         notes.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
 
     prompts = read_prompts(source, form)
-    with _quiet(), notes.status("loading the model") if notes.is_terminal else nullcontext():
+    with quiet(), notes.status("loading the model") if notes.is_terminal else nullcontext():
         predictor = open_predictor(run_dir, options, note)
     if table and not out:
         answers = [answer for part in predictor.answers(prompts) for answer in part]
@@ -92,7 +94,11 @@ def predict_file(
 
 
 def open_predictor(
-    run_dir: Path, options: PredictOptions, note: Callable[[str], None] = lambda text: None
+    run_dir: Path,
+    options: PredictOptions,
+    note: Callable[[str], None] = lambda text: None,
+    *,
+    reuse: Predictor | None = None,
 ) -> Predictor:
     """The newest commit of a run, ready to answer.
 
@@ -100,6 +106,7 @@ def open_predictor(
         run_dir: The run, finished or not.
         options: How to answer.
         note: Told what the user should know.
+        reuse: A predictor of the same run with other options: its base model is taken over, and it is of no use then.
 
     Raises:
         ConfigError: no run is there, or it can't answer as the options ask.
@@ -130,8 +137,8 @@ def open_predictor(
     past = None
     if inference == "routed" and config.evaluation.router_margin and "memory" in commit.parts:
         past = TaskMemory.from_state_dict(unpack_state(commit.parts["memory"])).past()
-    tokenizer = load_tokenizer(config.model.name)
-    engine = _engine(config, commit)
+    tokenizer = reuse.tokenizer if reuse else load_tokenizer(config.model.name)
+    engine = reuse.engine if reuse else _engine(config, commit)
     shapes = {name: tensor.shape for name, tensor in engine.adapter_tensors().items()}
     states = {name: grown(load_adapter(run_dir / "adapters" / name), shapes) for name in dict.fromkeys(commit.adapters)}
     bank = [states[folder] for folder in commit.adapters]
@@ -143,7 +150,7 @@ def open_predictor(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and the notes that libraries write for each other."""
     from transformers.utils import logging
 
@@ -157,6 +164,8 @@ def _with_options(config: ExperimentConfig, options: PredictOptions) -> Experime
     given = {name: getattr(options, name) for name in ("router_margin", "max_new_tokens", "batch_rows")}
     plain = config.as_dict()
     plain["evaluation"] |= {name: value for name, value in given.items() if value is not None}
+    if options.base_model is not None:
+        plain["model"]["name"] = options.base_model
     return parse_config(plain, origin="predict")
 
 
@@ -169,8 +178,7 @@ def _inference(run_dir: Path, config: ExperimentConfig, options: PredictOptions,
         raise ConfigError(f"--inference {asked!r}: use {', '.join(get_args(Inference))}")
     if options.task is not None:
         return "last"
-    default = config.treelora.inference if config.method == "treelora" else ("routed" if router else "last")
-    inference = asked or default
+    inference = asked or default_inference(config, router)
     if inference == "routed" and not router:
         raise ConfigError(
             f"{run_dir}: there is no router (method {config.method}, evaluation.modes "
@@ -179,6 +187,11 @@ def _inference(run_dir: Path, config: ExperimentConfig, options: PredictOptions,
     if inference == "merged" and not commit.adapters:
         raise ConfigError(f"{run_dir}: method {config.method} has no adapters to merge; use --inference last")
     return inference
+
+
+def default_inference(config: ExperimentConfig, router: bool) -> str:
+    """The way of inference that a run is meant for; `router`: whether it has taught one."""
+    return config.treelora.inference if config.method == "treelora" else ("routed" if router else "last")
 
 
 def _task_choices(run_dir: Path, config: ExperimentConfig) -> dict[str, tuple[str, ...]]:

@@ -83,6 +83,15 @@ def read_prompts(source: str, form: str | None = None) -> list[Prompt]:
     return prompts
 
 
+def checked_prompt(where: str, row_id: str | int, text: object, choices: Any) -> Prompt:
+    """A prompt of values that may be anything. Raises: DataError, naming `where`."""
+    if choices is not None:
+        choices = tuple(choices) if isinstance(choices, list) else choices
+        if fault := _fault(choices):
+            raise DataError(f"{where}: `choices` {fault}")
+    return Prompt(where, row_id, _checked(where, text), choices)
+
+
 def split_choices(text: str) -> tuple[str, ...]:
     """`a,b,c` as choices; an empty text: free text. Raises: ConfigError for blank or repeated ones."""
     if not text.strip():
@@ -162,14 +171,10 @@ def _json_prompt(where: str, number: int, line: str) -> Prompt:
         raise DataError(f"{where}: is not JSON ({error})") from None
     if not isinstance(item, dict):
         raise DataError(f"{where}: holds a {type(item).__name__}, expected an object with a `prompt`")
-    row_id, choices = item.get("id", number), item.get("choices")
+    row_id = item.get("id", number)
     if isinstance(row_id, bool) or not isinstance(row_id, str | int):
         raise DataError(f"{where}: `id` is {row_id!r}; use a text or a whole number")
-    if choices is not None:
-        choices = tuple(choices) if isinstance(choices, list) else choices
-        if fault := _fault(choices):
-            raise DataError(f"{where}: `choices` {fault}")
-    return Prompt(where, row_id, _checked(where, item.get("prompt")), choices)
+    return checked_prompt(where, row_id, item.get("prompt"), item.get("choices"))
 
 
 def _parquet(path: str) -> Iterable[Prompt]:

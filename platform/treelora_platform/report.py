@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from treelora.data.parquet import write_bytes_atomically
+from treelora_platform.page import inline_svg, render_page
+from treelora_platform.redaction import HIDDEN, hide_credentials, is_secret
 from treelora_platform.run_tables import (
     TreeSnapshot,
     read_config_yaml,
@@ -32,10 +33,7 @@ from treelora_platform.summary import (
     modes_of,
     summarise,
 )
-from treelora_platform.tracking_state import HIDDEN, flatten, hide_credentials, is_secret
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from treelora_platform.tracking_state import flatten
 
 TEMPLATE = "report.html.j2"
 
@@ -64,15 +62,12 @@ def write_report(run_dir: Path, out: Path | None = None, other: Path | None = No
     Raises:
         DataError: a directory holds no run, or a table, tree or configuration in it is damaged.
     """
-    from jinja2 import Environment, StrictUndefined
-
     out = out or run_dir / "report.html"
     runs = [_read(folder) for folder in (run_dir, other) if folder is not None]
     if len({run.label for run in runs}) < len(runs):
         runs = [_relabel(run, f"{run.label} #{i}") for i, run in enumerate(runs, start=1)]
-    template = resources.files("treelora_platform").joinpath("templates", TEMPLATE).read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(template).render(
+    page = render_page(
+        TEMPLATE,
         title=" against ".join(run.label for run in runs),
         labels=[run.label for run in runs],
         comparison=compare([run.summary for run in runs]),
@@ -81,7 +76,7 @@ def write_report(run_dir: Path, out: Path | None = None, other: Path | None = No
         config=_side_by_side([run.config for run in runs]),
         about=_side_by_side([run.about for run in runs]),
     )
-    write_bytes_atomically(out, page.encode())
+    write_bytes_atomically(out, page)
     return out
 
 
@@ -141,23 +136,23 @@ def _curves(runs: Sequence[_Run]) -> list[Any]:
     pulled = [(label, rows) for label, rows in steps if rows["penalty_ratio"].null_count < rows.num_rows]
     figures = []
     if scores:
-        figures.append(_svg(transfer_figure(scores), "transfer"))
+        figures.append(inline_svg(transfer_figure(scores), "transfer"))
     if steps:
-        figures.append(_svg(loss_figure(steps), "loss"))
+        figures.append(inline_svg(loss_figure(steps), "loss"))
     if pulled:
-        figures.append(_svg(penalty_figure(pulled), "penalty"))
+        figures.append(inline_svg(penalty_figure(pulled), "penalty"))
     return figures
 
 
 def _section(number: int, run: _Run) -> dict[str, Any]:
     from treelora_platform.figures import arms_figure, tree_figures
 
-    trees = [_svg(figure, f"run{number}-{name}") for name, figure in tree_figures(run.trees)]
+    trees = [inline_svg(figure, f"run{number}-{name}") for name, figure in tree_figures(run.trees)]
     arms = run.steps["arms"].null_count < run.steps.num_rows
     return {
         "label": run.label,
         "matrices": [_matrix(run, mode) for mode in modes_of(run.scores)],
-        "arms": _svg(arms_figure(run.steps, run.names), f"run{number}-arms") if arms else None,
+        "arms": inline_svg(arms_figure(run.steps, run.names), f"run{number}-arms") if arms else None,
         "trees": trees,
         "tasks": [_task(row) for row in run.tasks.to_pylist()],
         "stored": format_bytes(run.summary.stored_bytes),
@@ -218,12 +213,3 @@ def _task(row: Mapping[str, Any]) -> list[str]:
         shown("memory_bytes", format_bytes),
         shown("router_accuracy", "{:.1f}".format),
     ]
-
-
-def _svg(figure: Figure, name: str) -> Any:
-    from markupsafe import Markup
-
-    from treelora_platform.canvas import COLOURS, to_svg
-
-    # matplotlib escapes the texts of a figure, so it is markup. Its blue is too dark for a dark page.
-    return Markup(to_svg(figure, name).replace(COLOURS[0].lower(), "var(--accent)"))

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from treelora.errors import DataError
+from treelora_platform.redaction import hide_credentials
 from treelora_platform.run_points import Point, final_points, score_points, step_points
 from treelora_platform.run_tables import read_scores, read_steps
-from treelora_platform.tracking_state import Finish, RunPlan, State, Status, hide_credentials
+from treelora_platform.tracking_state import Finish, RunPlan, State, Status
 
 BATCH = 1000  # MLflow refuses more metrics in one request
 

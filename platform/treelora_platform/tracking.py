@@ -17,18 +17,10 @@ from typing import Any
 
 from treelora.errors import DataError, TreeLoRAError
 from treelora_platform.background import BackgroundSender
+from treelora_platform.redaction import HIDDEN, hide_credentials
 from treelora_platform.run_points import Point
 from treelora_platform.spool import Sender, Sent
-from treelora_platform.tracking_state import (
-    HIDDEN,
-    Finish,
-    RunPlan,
-    State,
-    Status,
-    hide_credentials,
-    loggable_params,
-    loggable_tags,
-)
+from treelora_platform.tracking_state import Finish, RunPlan, State, Status, loggable_params, loggable_tags
 
 PARAMS_BATCH = 100  # MLflow refuses more in one request
 KEY_TAG = "treelora.id"
@@ -57,8 +49,12 @@ class FinishReport:
 
 
 def resolve_tracking_uri(tracking_uri: str | None, base: Path) -> str:
-    """`tracking_uri`, or else a SQLite database `<base>/mlflow.db` (artifacts go to `<base>/mlartifacts`)."""
-    return tracking_uri or f"sqlite:///{(base.resolve() / 'mlflow.db').as_posix()}"
+    """`tracking_uri`, else MLFLOW_TRACKING_URI, else a SQLite database `<base>/mlflow.db` with artifacts beside it."""
+    return (
+        tracking_uri
+        or os.environ.get("MLFLOW_TRACKING_URI")
+        or f"sqlite:///{(base.resolve() / 'mlflow.db').as_posix()}"
+    )
 
 
 def start_run(

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from treelora.data.parquet import write_bytes_atomically
 from treelora.errors import DataError
 from treelora_platform.config import MethodName
+from treelora_platform.redaction import hide_credentials, is_secret
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -27,9 +28,6 @@ PARAMETERS = (
     *get_args(MethodName),
 )
 _FREE_FORM = "stream.options"
-_SECRET = re.compile(r"key|token(?!s$)|password|secret", re.IGNORECASE)  # `max_new_tokens` counts
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-HIDDEN = "***"
 
 
 @dataclass(frozen=True)
@@ -102,19 +100,9 @@ def loggable_tags(tags: Mapping[str, str]) -> dict[str, str]:
     return {clean_key(key): _short(value) for key, value in tags.items() if not is_secret(key)}
 
 
-def is_secret(key: str) -> bool:
-    """Whether the value behind `key` must not leave the machine."""
-    return bool(_SECRET.search(key))
-
-
 def clean_key(key: str) -> str:
     """`key` in the characters and the length that MLflow takes for names of parameters, tags and metrics."""
     return re.sub(r"[^\w.\- /]", "_", key).strip("./ ")[:KEY_CHARS] or "_"
-
-
-def hide_credentials(address: str) -> str:
-    """`scheme://user:password@host` with `***` in the place of user and password."""
-    return _USER_INFO.sub(HIDDEN, address)
 
 
 def _short(value: Any) -> str:

@@ -15,17 +15,18 @@ from typing import Any
 from rich.console import Console
 
 from treelora.data.names import slugify
-from treelora.errors import ConfigError, TreeLoRAError
+from treelora.errors import ConfigError
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.prepare import check_storage, prepare_stream
 from treelora_platform.provenance import versions
-from treelora_platform.run import check_resources, only_one
+from treelora_platform.run import RunFailedError, check_resources, only_one
 from treelora_platform.sweep.journal import Entry, Journal
 from treelora_platform.sweep.replay import SPEC_JSON
 from treelora_platform.sweep.space import check_rungs, check_space, draws, encode, grid, tune_space, wire_name
 from treelora_platform.sweep.spec import Range, SweepSpec, template, trial_config
 from treelora_platform.tracking import FinishReport, adopt_runs, finish_run, resolve_tracking_uri, start_run
 from treelora_platform.tracking_state import Status
+
 
 @dataclass(frozen=True)
 class SweepOutcome:
@@ -105,7 +106,8 @@ def _execute(spec: SweepSpec, base: ExperimentConfig, tasks: int, folder: Path, 
     if not report.sent:
         console.print(f"[yellow]MLflow is not complete:[/] {report.error}. {report.hint}")
     if entries and all(entry.status == "failed" for entry in entries):
-        raise TreeLoRAError(f"all {len(entries)} trials failed; the first one: {entries[0].message}")
+        raise RunFailedError(f"all {len(entries)} trials failed; the first one: {entries[0].message}")
+    _register(spec, entries, folder, console)
     return SweepOutcome(folder, entries, report.run_id, report)
 
 
@@ -148,6 +150,19 @@ def _tune(spec: SweepSpec, tasks: int, folder: Path, console: Console, tracking:
         tuner.fit()
     if progress.done < spec.count():
         raise KeyboardInterrupt  # Tune has ended all trials in order, and says nothing of it
+
+
+def _register(spec: SweepSpec, entries: list[Entry], folder: Path, console: Console) -> None:
+    """Register the best finished trials, where the sweep asks for it."""
+    from treelora_platform.experiments.register import register_folder
+    from treelora_platform.sweep.outcome import ranked
+
+    if spec.register_as is None:
+        return
+    done = [entry for entry in ranked(spec, entries) if entry.status == "done"][: spec.register_best]
+    for place, entry in enumerate(done):
+        uri = register_folder(folder / "runs" / entry.run, spec.register_as, "best" if place == 0 else None)
+        console.print(f"registered: {uri}", highlight=False)
 
 
 def _wire(spec: SweepSpec, key: str, value: Any) -> Any:

@@ -1,0 +1,19 @@
+"""What must not leave the machine: secrets by the name of their key, and credentials in addresses."""
+
+from __future__ import annotations
+
+import re
+
+HIDDEN = "***"
+_SECRET = re.compile(r"key|token(?!s$)|password|secret", re.IGNORECASE)  # `max_new_tokens` counts
+_USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+def is_secret(key: str) -> bool:
+    """Whether the value behind `key` must not leave the machine."""
+    return bool(_SECRET.search(key))
+
+
+def hide_credentials(address: str) -> str:
+    """`scheme://user:password@host` with `***` in the place of user and password."""
+    return _USER_INFO.sub(HIDDEN, address)
