@@ -49,6 +49,37 @@ def sweep(
 
 @experiments_app.command()
 @friendly
+def compare(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="An MLflow experiment; with OTHER, a run: folder, id or name.")
+    ],
+    other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="A second run, side by side.")] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option("--by", help="Field or tag that makes the groups, such as lora.rank; may be given several times."),
+    ] = None,
+    filters: Annotated[
+        list[str] | None,
+        typer.Option("--filter", help="key=value, key!=value or key<number; all that are given must hold."),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Group that the others are held against; default: sequential, else the first.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; default: comparison/NAME.")] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow; default: MLFLOW_TRACKING_URI, else runs/mlflow.db.")] = None,
+    no_html: Annotated[bool, typer.Option("--no-html", help="Tables only, no HTML report.")] = False,
+) -> None:
+    """Compare the runs of an experiment from MLflow alone: means with intervals, paired differences; or two runs.
+
+    Writes rows, standings and differences as Parquet and CSV, comparison.md, comparison.tex and report.html.
+    """
+    from treelora_platform.experiments.compare import compare as compare_runs
+
+    compare_runs(target, other, by or [], filters or [], reference, out, uri, make_console(), html=not no_html)
+
+
+@experiments_app.command()
+@friendly
 def best(
     experiment: Annotated[str, typer.Argument(help="MLflow experiment.")],
     metric: Metric = "op",

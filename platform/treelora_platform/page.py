@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PAPER = "#fefefe"
 """What a figure draws in the ground's colour: white in a file, the page's own in a page."""
+TALL = 16  # rows
 _FORMULA = re.compile(r"[=+\-@\t\r]")
 _NUMBER = re.compile(r"[+-]?[\d.,]+(e[+-]?\d+)?", re.IGNORECASE)
 
@@ -44,7 +45,6 @@ class Chart:
     svg: Markup
     caption: str
     file: Download
-    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class Table:
     texts: int = 1
     sortable: bool = False
     wrap: bool = False
+
+    @property
+    def tall(self) -> bool:
+        """Whether it scrolls in a box of its own."""
+        return len(self.rows) > TALL
 
 
 @dataclass(frozen=True)
@@ -137,11 +142,11 @@ def inline_svg(figure: Figure, name: str, label: str = "") -> Markup:
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(label or name)}"', 1))
 
 
-def chart(figure: Figure, name: str, caption: str, *, small: bool = False) -> Chart:
+def chart(figure: Figure, name: str, caption: str) -> Chart:
     """The figure in the page, and as a file that stands alone."""
     inline = inline_svg(figure, name, caption)
     figure.set_layout_engine("none")  # places are settled, and to settle them is most of the work of drawing
-    return Chart(name, inline, caption, svg_download(figure, name), small)
+    return Chart(name, inline, caption, svg_download(figure, name))
 
 
 def svg_download(figure: Figure, name: str) -> Download:

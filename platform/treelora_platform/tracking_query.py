@@ -19,10 +19,14 @@ from treelora_platform.tracking import MlflowServer, TrackingError, resolve_trac
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-PAGE = 250  # runs a request: a slow server must answer one within the 10 s that `tracking` allows
+PAGE, SMALLEST_PAGE = 250, 10  # runs a request: a server must answer within the 10 s that `tracking` allows
 RUN_PARTS = ("config.yaml", "run.json", "tables", "tree")
 _SQLITE = "sqlite:///"
 _UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
+
+
+class _TimedOutError(TrackingError):
+    """The server takes its time: busy, or asked for too much at once."""
 
 
 class History:
@@ -142,14 +146,20 @@ class History:
 
     def _search(self, experiment_ids: list[str], filter_string: str) -> list[RunRecord]:
         # by start, so that a run that starts meanwhile comes last and shifts no page
-        order, token = ["attributes.start_time ASC"], None
+        order, token, size = ["attributes.start_time ASC"], None, PAGE
         said = f"filter {filter_string!r} is none that MLflow takes" if filter_string else None
         records: dict[str, RunRecord] = {}
         while True:
-            with self._talking(said), _no_collection():
-                page = self._client.search_runs(
-                    experiment_ids, filter_string, max_results=PAGE, order_by=order, page_token=token
-                )
+            try:
+                with self._talking(said), _no_collection():
+                    page = self._client.search_runs(
+                        experiment_ids, filter_string, max_results=size, order_by=order, page_token=token
+                    )
+            except _TimedOutError:
+                if size == SMALLEST_PAGE:
+                    raise
+                size = max(SMALLEST_PAGE, size // 5)
+                continue
             records |= {run.info.run_id: _record(run) for run in page}
             token = page.token
             if not token:
@@ -164,7 +174,8 @@ class History:
             line = hide_credentials(_one_line(error))
             if unknown and getattr(error, "error_code", None) in _UNKNOWN:
                 raise DataError(f"{unknown} ({line})") from None
-            raise TrackingError(f"MLflow at {self.shown}: {line}") from None
+            kind = _TimedOutError if "timed out" in line else TrackingError
+            raise kind(f"MLflow at {self.shown}: {line}") from None
 
 
 def _refusals() -> tuple[type[Exception], ...]:
@@ -194,7 +205,7 @@ def _one_line(error: BaseException) -> str:
     _, chain, cause = text.partition("Max retries exceeded")
     if not chain:
         return text[:300]
-    reason = re.split(r": |'", cause.rstrip("\"')"))[-1].strip(" (")
+    reason = re.split(r": |'", cause.rstrip("\"')"))[-1].strip(" (").partition(" (")[0]
     return f"can't be reached: {reason}"
 
 

@@ -140,14 +140,17 @@ def test_one_mlflow_run_a_trial_however_often_it_was_killed(finished: Sweep) -> 
     children = [run for run in runs if run is not parent]
     assert (parent.info.status, len(children)) == ("FINISHED", 4)
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
-    assert sorted(run.info.status for run in children) == ["FAILED", "FINISHED", "KILLED", "KILLED"]
+    status = {run.info.run_name: run.info.status for run in children}
+    assert [status[entry.run] for entry in finished.journal().values() if entry.status == "done"] == ["FINISHED"]
+    assert [status[entry.run] for entry in finished.journal().values() if entry.status == "failed"] == ["FAILED"]
+    assert "RUNNING" not in status.values()  # tiny trials may be through before the word that stops them arrives
     for run in children:
         assert run.data.tags["treelora.sweep"] == "tiny"
         assert run.data.tags["treelora.trial"] == run.info.run_name
         assert run.data.params["sweep.train.learning_rate"] == run.data.params["train.learning_rate"]
         history = [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
         assert sorted(history) == sorted(set(history))
-    best = next(run for run in children if run.info.status == "FINISHED")
+    best = next(run for run in children if run.data.params["train.learning_rate"] == "0.3")
     assert len(client.get_metric_history(best.info.run_id, "loss")) == 120
     assert {"trials.parquet", "trials.md", "sweep.json"} <= {a.path for a in client.list_artifacts(parent.info.run_id)}
 

@@ -1,5 +1,6 @@
 """Reading back from real MLflow: a SQLite store and a server."""
 
+import socket
 import time
 
 import pytest
@@ -97,6 +98,38 @@ def test_runs_come_in_order_by_pages_without_the_parents_of_sweeps(store, monkey
     assert [run.name for run in History(store).runs("pages", "params.`lora.rank` = '4'")] == ["r4"]
     assert History(store).run(parent).is_sweep
     assert "pages" in History(store).experiments()
+
+
+def test_a_server_that_takes_too_long_for_a_page_is_asked_for_smaller_ones(store, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    for i in range(12):
+        add_run(store, "slow", f"r{i}")
+    history, asked = History(store), []
+    search = history._client.search_runs
+
+    def slow(ids, text, max_results, **more):
+        asked.append(max_results)
+        if max_results > limit:
+            raise MlflowException("Max retries exceeded (Caused by E('Read timed out. (read timeout=10)'))")
+        return search(ids, text, max_results=max_results, **more)
+
+    monkeypatch.setattr(history._client, "search_runs", slow)
+    limit = 10
+    assert [run.name for run in history.runs("slow")] == [f"r{i}" for i in range(12)]
+    assert asked == [250, 50, 10, 10]
+    limit = 9
+    with pytest.raises(TrackingError, match=r"can't be reached: Read timed out\.$"):
+        history.runs("slow")
+
+
+def test_a_server_that_hangs_is_given_up(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        with pytest.raises(TrackingError, match=r"^MLflow at http://[\d.]+:\d+: can't be reached: Read timed out\.$"):
+            History(f"http://127.0.0.1:{deaf.getsockname()[1]}").runs("any")
 
 
 def test_collection_of_garbage_goes_on_after_reading(store):

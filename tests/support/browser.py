@@ -57,9 +57,13 @@ def browser(folder: Path) -> Iterator[Browser]:
     options.binary_location = program
     for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}"):
         options.add_argument(flag)
-    options.add_experimental_option("prefs", {"download.default_directory": str(folder / "downloads")})
+    options.add_argument("--force-prefers-reduced-motion")
+    options.add_experimental_option("prefs", {"profile.default_content_setting_values.automatic_downloads": 1})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     running = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    downloads = {"behavior": "allow", "downloadPath": str(folder / "downloads")}
+    running.execute_cdp_cmd("Browser.setDownloadBehavior", downloads)
+    running.get("about:blank")  # else the first page's log has what the browser's own start page asks for
     running.set_page_load_timeout(300)
     running.set_script_timeout(300)
     try:
@@ -113,10 +117,13 @@ class Browser:
         """What sticks out of the window to the right and does not scroll in a box of its own."""
         return self.run(_WIDE)
 
-    def contrasts(self) -> list[tuple[float, str]]:
-        """Contrast (WCAG 2) of every visible text with the ground behind it, the least first."""
+    def contrasts(self) -> list[tuple[float, str, str]]:
+        """Contrast (WCAG 2) of every visible text with the ground behind it, the text, its colour; the least first.
+
+        The ground of a text in a figure is the page's, whatever the figure has drawn there.
+        """
         texts = self.run(_TEXTS)
-        return sorted((contrast(_rgb(ink), _rgb(ground)), label) for ink, ground, label in texts)
+        return sorted((contrast(_rgb(ink), _rgb(ground)), label, ink) for ink, ground, label in texts)
 
     def screenshot(self, name: str, *, full: bool = False) -> Path:
         """What the window shows, or the whole page, as a PNG under the folder."""

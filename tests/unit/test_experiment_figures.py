@@ -117,7 +117,7 @@ def test_dots_and_intervals():
 
 def test_only_what_is_beyond_chance_is_filled():
     shifts = [Shift("a", Interval(2.0, 1.0, 3.0), True), Shift("b", Interval(0.1, -1.0, 1.2), False)]
-    left, right = differences_figure(shifts, shifts[1:], "base").axes
+    left, right = differences_figure(shifts, shifts[1:]).axes
     marks = [line for line in left.lines if line.get_marker() == "o"]
     assert [mark.get_ydata()[0] for mark in marks] == [0, 1]
     assert [mark.get_markerfacecolor() == mark.get_color() for mark in marks] == [True, False]

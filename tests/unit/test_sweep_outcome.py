@@ -16,6 +16,7 @@ from treelora.errors import DataError
 from treelora_platform.sweep.journal import Entry, Journal
 from treelora_platform.sweep.outcome import dominates, pareto, ranked, show_sweep, trials_sheet, write_sweep
 from treelora_platform.sweep.spec import parse_sweep
+from treelora_platform.sweep.trainable import last_words
 
 SPEC = parse_sweep(
     {"name": "s", "recipe": "demo", "space": {"lora.rank": [1, 2, 4]}, "objectives": {"op": "max", "seconds": "min"}}
@@ -91,3 +92,17 @@ def test_a_torn_line_is_replaced(tmp_path: Path) -> None:
     journal.path.write_text('{"run": "x", "val')
     journal.add(entry("a", 5.0, 1.0))
     assert [found.run[-1] for found in journal.entries()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ("loading\nerror: task 'a': loss nan\n", "task 'a': loss nan"),
+        ("error: first\nagain\nerror: second\n\n", "second"),
+        ("Traceback\n  File x\nKilled\n", "Traceback / File x / Killed"),
+    ],
+)
+def test_last_words(tmp_path: Path, log: str, said: str) -> None:
+    path = tmp_path / "trial.log"
+    path.write_text(log, encoding="utf-8")
+    assert last_words(path) == said

@@ -91,7 +91,7 @@ def standings_figure(op: Mapping[str, Dots], bwt: Mapping[str, Dots], look: Mapp
         return figure
 
 
-def differences_figure(op: Sequence[Shift], bwt: Sequence[Shift], reference: str) -> Figure:
+def differences_figure(op: Sequence[Shift], bwt: Sequence[Shift]) -> Figure:
     """Paired differences from the reference in OP (left) and BWT (right); filled where they are beyond chance."""
     labels = list(dict.fromkeys(one.label for one in (*op, *bwt)))
     with new_figure(height=1.05 + 0.3 * len(labels)) as (figure, first):
@@ -106,8 +106,8 @@ def differences_figure(op: Sequence[Shift], bwt: Sequence[Shift], reference: str
             axes.axvline(0, color=INK, linewidth=0.9, alpha=0.8)
             axes.margins(x=0.12)
         _name_rows(sides, labels)
-        sides[0].set(title=f"OP less that of {short(reference, 20)}", xlabel="points, right of the line is better")
-        sides[1].set(title=f"BWT less that of {short(reference, 20)}", xlabel="points, left of the line is better")
+        sides[0].set(title="Difference in OP", xlabel="points, right of the line is better")
+        sides[1].set(title="Difference in BWT", xlabel="points, left of the line is better")
         return figure
 
 

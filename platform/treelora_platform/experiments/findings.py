@@ -7,14 +7,14 @@ held against the reference in that score.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from treelora_platform.experiments.analysis import ALL_MODES, Difference, ExperimentComparison, Standing
 from treelora_platform.experiments.tables import LEVEL_P, show_p
 from treelora_platform.statistics import holm, smallest_p
 
-NAMED = 4  # groups that a sentence names
+NAMED = 3  # groups that a sentence names
 NO_BREAK = "\u00a0"
 HOW_TO_READ = (
     f"Brackets: 95 % t intervals of paired differences. p: sign-flip test, corrected by Holm; beyond chance: {LEVEL_P} "
@@ -37,10 +37,8 @@ def findings(comparison: ExperimentComparison, modes: Sequence[str]) -> list[Fin
     found: list[Finding] = []
     for mode in modes:
         if lead := _ranking(comparison, mode):
-            tested = _tested(comparison, mode, "op")
-            if not found:
-                tested += _tested(comparison, mode, "bwt") + _tested(comparison, ALL_MODES, "seconds")
-            found.append(Finding(lead, tuple(tested)))
+            scores = [(mode, "op")] if found else [(mode, "op"), (mode, "bwt"), (ALL_MODES, "seconds")]
+            found.append(Finding(lead, tuple(_tests(comparison, scores))))
     return found
 
 
@@ -72,29 +70,38 @@ def _op(one: Standing) -> float:
     return one.op.value if one.op is not None else -math.inf
 
 
-def _tested(comparison: ExperimentComparison, mode: str, metric: str) -> list[str]:
-    """What differs from the reference in one score, what does not, and what so few pairs can't tell."""
-    family = [one for one in comparison.differences if (one.mode, one.metric) == (mode, metric)]
-    what = f"{_WORDS[metric]} against {comparison.reference}"
-    shown = [one for one in family if beyond_chance(one)]
-    able = [one for one in family if not beyond_chance(one) and _could(family, one)]
-    unable = [one for one in family if one not in shown and one not in able]
+def _tests(comparison: ExperimentComparison, scores: Sequence[tuple[str, str]]) -> list[str]:
+    """What differs from the reference in these scores, what does not, and what so few pairs can't tell."""
     sentences = []
-    if shown:
-        sentences.append(f"Beyond chance in {what}: {_listed(shown)}.")
-    if able:
-        sentences.append(f"Not beyond chance in {what}: {_listed(able)}. That does not show that they are alike.")
-    if unable:
-        counts = [one.found.pairs for one in unable]
-        pairs = f"{max(counts)} pair{'' if max(counts) == 1 else 's'}"
-        if min(counts) < max(counts):
-            pairs = f"{min(counts)} to {pairs}"
-        enough = next(n for n in range(1, 99) if len(family) * smallest_p(n) <= LEVEL_P)
-        sentences.append(
-            f"Too few pairs of runs to tell in {what}: {_listed(unable, p=False)}. With {pairs} no difference, however "
-            f"large, is beyond chance here; with {enough} it could be."
-        )
-    return sentences
+    untold: dict[str, list[Difference]] = {}
+    for mode, metric in scores:
+        family = [one for one in comparison.differences if (one.mode, one.metric) == (mode, metric)]
+        what = f"{_WORDS[metric]} against {comparison.reference}"
+        shown = [one for one in family if beyond_chance(one)]
+        able = [one for one in family if not beyond_chance(one) and _could(family, one)]
+        unable = [one for one in family if one not in shown and one not in able]
+        if shown:
+            sentences.append(f"Beyond chance in {what}: {_listed(shown)}.")
+        if able:
+            sentences.append(f"Not beyond chance in {what}: {_listed(able)}. That does not show that they are alike.")
+        if unable:
+            untold[_WORDS[metric]] = unable
+    return [*sentences, _untold(untold)] if untold else sentences
+
+
+def _untold(found: Mapping[str, Sequence[Difference]]) -> str:
+    """One sentence for all scores in which there are too few pairs."""
+    counts = [one.found.pairs for unable in found.values() for one in unable]
+    pairs = f"{max(counts)} pair{'' if max(counts) == 1 else 's'}"
+    if min(counts) < max(counts):
+        pairs = f"{min(counts)} to {pairs}"
+    family = max(one.family for unable in found.values() for one in unable)
+    enough = next(n for n in range(1, 99) if family * smallest_p(n) <= LEVEL_P)
+    what, unable = next(iter(found.items()))
+    return (
+        f"Too few pairs of runs to tell in {' or '.join(found)}: with {pairs} no difference, however large, is beyond "
+        f"chance here; with {enough} it could be. Seen so far in {what}: {_listed(unable, p=False)}."
+    )
 
 
 def _could(family: Sequence[Difference], one: Difference) -> bool:

@@ -44,6 +44,7 @@ def write_experiment_report(
     """
     with tempfile.TemporaryDirectory(prefix="treelora-report-") as folder:
         view = view_of(comparison, Details(history, Path(folder)))
+        comparison = view.comparison
         made = [make(view) for make in (*SCORE_SECTIONS, search_section)]
         inside, looked_into = inside_section(view)
         sections = [section for section in (*made, inside) if section is not None]

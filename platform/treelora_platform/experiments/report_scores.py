@@ -53,8 +53,11 @@ def differences_section(view: View) -> Section | None:
         found = {(one.group, one.metric): one for one in comparison.differences if one.mode == mode}
         op, bwt = ([_shift(found[label, m]) for label in labels if (label, m) in found] for m in ("op", "bwt"))
         if op:
-            caption = f"Inference {mode}. Means of paired differences with 95 % t intervals; filled: beyond chance."
-            figure = differences_figure(op, bwt, comparison.reference)
+            caption = (
+                f"Inference {mode}, against {comparison.reference}. Means of paired differences with 95 % t intervals; "
+                "filled: beyond chance."
+            )
+            figure = differences_figure(op, bwt)
             charts.append(chart(figure, f"differences-{view.modes.index(mode)}", caption))
     lead = f"All against {comparison.reference}. Runs are paired, so that what order and seed do to both cancels out."
     table = table_of(differences_sheet(comparison), "Differences", view)
@@ -108,7 +111,10 @@ def matrices_section(view: View) -> Section | None:
     charts = []
     for mode in (mode for mode in view.modes if mode in found):
         mine = found[mode]
-        runs = ", ".join(f"{label} {matrix.runs}" for label, matrix in mine.items())
+        counts = {label: matrix.runs for label, matrix in mine.items()}
+        runs = ", ".join(f"{label} {count}" for label, count in counts.items())
+        if len(set(counts.values())) == 1:
+            runs = f"{next(iter(counts.values()))} a group"
         orders = {matrix.tasks for matrix in mine.values()}
         named = "; ".join(_numbered(tasks) for tasks in orders) if len(orders) == 1 else "groups differ in task order"
         caption = (
@@ -118,9 +124,9 @@ def matrices_section(view: View) -> Section | None:
         charts.append(chart(figure, f"matrices-{view.modes.index(mode)}", caption))
     if not charts:
         return None
-    lead = (
-        f"Means of the {BEST} best groups, over at most {MATRIX_RUNS} runs with the order of tasks most frequent there."
-    )
+    lead = f"Means over at most {MATRIX_RUNS} runs a group, all with the order of tasks that is most frequent in it."
+    if len(view.ranked) > BEST:
+        lead += f" The {BEST} best of {len(view.ranked)} groups are shown."
     return Section("matrices", "Accuracy matrices", [Part(charts=charts)], lead)
 
 

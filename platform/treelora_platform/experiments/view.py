@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,8 +50,31 @@ class View:
         return _leading(self.ranked, self.comparison.reference, limit)
 
 
+def shortened(comparison: ExperimentComparison) -> ExperimentComparison:
+    """With the fields' last names in the groups' labels, `rank=8` for `lora.rank=8`, if that leaves all apart."""
+    fields = ["" if key == "method" else f"{key.rpartition('.')[2]}=" for key in comparison.by]
+    short = {
+        group.label: ", ".join(f"{f}{v}" for f, v in zip(fields, group.values, strict=True) if v is not None)
+        for group in comparison.groups
+    }
+    if len({*fields}) < len(fields) or len({*short.values()}) < len(short):
+        return comparison
+    reference = comparison.reference
+    return replace(
+        comparison,
+        groups=tuple(replace(one, label=short[one.label]) for one in comparison.groups),
+        standings=tuple(replace(one, group=short[one.group]) for one in comparison.standings),
+        differences=tuple(
+            replace(one, group=short[one.group], reference=short[one.reference]) for one in comparison.differences
+        ),
+        common=tuple(replace(one, group=short.get(one.group, one.group)) for one in comparison.common),
+        reference=None if reference is None else short[reference],
+    )
+
+
 def view_of(comparison: ExperimentComparison, details: Details) -> View:
-    """Choose what is drawn."""
+    """Choose what is drawn; groups are called by short names."""
+    comparison = shortened(comparison)
     found = modes_of(comparison.groups)
     scored = {mode: sum(score_of(run, mode, "op") is not None for run in comparison.records) for mode in found}
     # of equals `last`, the paper's own way of inference

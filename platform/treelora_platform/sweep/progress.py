@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
@@ -14,6 +15,7 @@ from treelora_platform.summary import format_seconds
 from treelora_platform.sweep.journal import Entry, Journal, Status
 from treelora_platform.sweep.space import decode
 from treelora_platform.sweep.spec import BETTER, SweepSpec, trial_config
+from treelora_platform.sweep.trainable import last_words
 
 SAID: dict[Status, str] = {
     "begun": "",
@@ -101,8 +103,9 @@ def show(value: Any) -> str:
 
 
 def reason_of(trial: Any) -> str:
-    """Why a trial failed, in a line."""
-    error = trial.get_pickled_error() or trial.get_error()
-    text = str(getattr(error, "cause", None) or error or "unknown")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1].removeprefix("RuntimeError: ") if lines else "unknown"
+    """Why a trial failed, in a line: what its experiment said last, or else what Tune knows. Nothing is unpickled."""
+    log = Path(trial.config["sweep_dir"]) / "jobs" / f"{trial.trial_id}.log"
+    if log.exists() and log.stat().st_size:
+        return last_words(log)
+    known = Path(trial.error_file) if trial.error_file else None
+    return last_words(known) if known and known.exists() else "for a reason that Ray Tune doesn't tell"
