@@ -28,6 +28,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_LOG_TO_DRIVER_EVENT_LEVEL": "ERROR",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables; a sweep prints its own
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # every report of a trial as CSV, JSON and TensorBoard
 }
 # Ray's own messages would break the progress display; errors reach the user through our exceptions.
 _QUIET = ("ray", "ray.train", "ray.tune", "ray.data")

@@ -263,6 +263,17 @@ def _clear(run_dir: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
+def is_busy(run_dir: Path) -> bool:
+    """Whether a process holds the folder's lock."""
+    if not (run_dir / ".lock").exists():
+        return False
+    try:
+        with only_one(run_dir):
+            return False
+    except RunBusyError:
+        return True
+
+
 @contextmanager
 def only_one(run_dir: Path) -> Iterator[None]:
     """Hold a folder's lock.

@@ -331,14 +331,14 @@ def test_methods_that_change_gradients_do_not_offload_the_optimizer(changes: dic
 
 @pytest.mark.parametrize("uri", ["http://ada:hunter2@mlflow:5000", "postgresql://ada@db/mlflow"])
 def test_credentials_are_refused_where_they_would_be_recorded(uri: str) -> None:
-    with pytest.raises(ConfigError, match="tracking.uri: has a user or password in it.*MLFLOW_TRACKING_URI") as error:
+    with pytest.raises(ConfigError, match=r"tracking\.uri: has a user or password in it.*MLFLOW_TRACKING_URI") as error:
         parse_config({"tracking": {"uri": uri}})
     assert "ada" not in str(error.value)
 
 
 def test_secrets_among_the_importers_options_are_refused() -> None:
     stream = {"source": "hf", "path": "x", "options": {"storage": {"secret": "hunter2"}, "columns": {"prompt": "text"}}}
-    with pytest.raises(ConfigError, match="stream.options: 'secret' looks like a secret") as error:
+    with pytest.raises(ConfigError, match=r"stream\.options: 'secret' looks like a secret") as error:
         parse_config({"stream": stream})
     assert "hunter2" not in str(error.value)
     parse_config({"stream": {"source": "csv", "path": "x", "options": {"max_tokens": 3, "columns": {"prompt": "a"}}}})

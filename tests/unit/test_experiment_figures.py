@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -196,7 +197,10 @@ def test_what_can_not_be_had_is_remarked_on_and_given_up(history, tmp_path):
     history.broken = {record.run_id for record in history.records[:5]}
     details = Details(history, tmp_path / "d")
     assert details.inside(history.records[0]) is None
-    assert details.inside(history.records[9]).has("arms")
+    inside = details.inside(history.records[9])
+    assert (inside.pulled, inside.pushed, len(inside.trees)) == (True, True, 3)
+    nothing = replace(inside, steps=steps_of({0: [None], 1: [[]]}))
+    assert (nothing.pulled, nothing.pushed) == (False, False)
     assert details.remarks == ["r0: MLflow at http://nowhere: connection refused"]
     assert details.matrices(history.records[:5], ["last"]) == {}
     assert details.remarks[-1] == "3 runs in a row could not be read, so no more were asked for"

@@ -63,7 +63,7 @@ def test_scores_with_too_few_pairs_share_a_sentence():
         {"treelora": [60.0, 61.0], "sequential": [50.0, 51.0]}, bwt={"treelora": [1.0, 2.0], "sequential": [5.0, 6.0]}
     )
     (sentence,) = texts(found)[0][1]
-    assert sentence.startswith("Too few pairs of runs to tell in OP or BWT: with 2 pairs no difference")
+    assert sentence.startswith("Too few pairs of runs to tell in OP, BWT: with 2 pairs no difference")
     assert sentence.endswith("Seen so far in OP: treelora +10.0 points [10.0, 10.0].")
 
 

@@ -14,6 +14,7 @@ from tests.unit.test_report import Page, ids
 from treelora_platform.experiments.analysis import compare_groups
 from treelora_platform.experiments.groups import select
 from treelora_platform.experiments.report import write_experiment_report
+from treelora_platform.experiments.view import shortened
 from treelora_platform.tracking import TrackingError
 
 HOSTILE = '<script>alert("x")</script>'
@@ -241,12 +242,12 @@ def test_only_so_much_is_fetched_however_many_runs_there_are(tmp_path):
     assert [key for _, key in history.asked].count("tables/scores.parquet") == 6 * 6
     assert [key for _, key in history.asked].count("tree") == 3
     text = " ".join(page.text)
-    assert "lora.rank=12 12 of 15" in text
+    assert "rank=12 12 of 15" in text
     assert "4 groups with lower scores are left out" in text
     assert "The 3 best of 12 groups are shown." in text
     assert len([value for value in ids(page) if value.startswith("run-")]) == 180
     assert [row[2] for row in table(page, "runs.csv")[1:]] == [
-        f"lora.rank={rank}" for rank in range(1, 13) for _ in range(15)
+        f"rank={rank}" for rank in range(1, 13) for _ in range(15)
     ]
 
 
@@ -261,3 +262,26 @@ def test_runs_on_other_tasks_are_beside_each_other(tmp_path):
     # after the last task: 70 and 80 of three tasks, 80 and 90 of two
     assert ["treelora", "last", "3", "2", "75.0 [75.0, 75.0]"] in page.rows
     assert ["treelora", "last", "2", "1", "85.0"] in page.rows
+
+
+def test_groups_are_called_by_the_last_names_of_their_fields(tmp_path):
+    history = FolderHistory()
+    for rank in (4, 8):
+        drop_run(history, tmp_path, f"rank {rank}", lora__rank=rank, treelora__depth=3)
+    by = ["method", "lora.rank", "treelora.depth"]
+    page = Page(write(history, tmp_path / "out.html", by=by))
+    assert ["treelora, rank=4, depth=3", "last", "1"] in [row[:3] for row in page.rows]
+    assert "2 groups by method, lora.rank, treelora.depth" in " ".join(page.text)
+
+
+def test_names_that_would_not_tell_groups_apart_stay_long():
+    history = FolderHistory()
+    for depth in (1, 2):
+        for seed in range(2):
+            params = params_of("treelora", seed, treelora__depth=depth, lora__depth=1)
+            history.add(None, params, tags_of("treelora", seed), metrics={"final/op/last": [(1, 50.0)]})
+    comparison = compare_groups("made up", select(history.records, ["treelora.depth", "lora.depth"]))
+    assert shortened(comparison) == comparison
+    short = shortened(compare_groups("made up", select(history.records, ["treelora.depth"])))
+    assert [group.label for group in short.groups] == ["depth=1", "depth=2"]
+    assert (short.reference, short.differences[0].group) == ("depth=1", "depth=2")

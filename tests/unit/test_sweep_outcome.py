@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from treelora.errors import DataError
+from treelora_platform.sweep.child import last_words
 from treelora_platform.sweep.journal import Entry, Journal
 from treelora_platform.sweep.outcome import dominates, pareto, ranked, show_sweep, trials_sheet, write_sweep
 from treelora_platform.sweep.spec import parse_sweep
-from treelora_platform.sweep.trainable import last_words
 
 SPEC = parse_sweep(
     {"name": "s", "recipe": "demo", "space": {"lora.rank": [1, 2, 4]}, "objectives": {"op": "max", "seconds": "min"}}

@@ -106,7 +106,7 @@ def compare_experiment(
 
         page = out / "report.html"
         with console.status("writing the report"):
-            write_experiment_report(comparison, history, page)
+            write_experiment_report(comparison, history, page, filters)
         paths.append(page)
     console.print(f"wrote {len(paths)} files to {out}; see {page}", highlight=False)
     return page

@@ -47,9 +47,15 @@ class Inside:
     trees: list[TreeSnapshot]
     names: dict[int, str]
 
-    def has(self, column: str) -> bool:
-        """Whether any step has a value there."""
-        return self.steps.num_rows > self.steps[column].null_count
+    @property
+    def pulled(self) -> bool:
+        """Whether any layer pulled an arm."""
+        return any(self.steps["arms"].to_pylist())
+
+    @property
+    def pushed(self) -> bool:
+        """Whether the strength of the penalty was measured."""
+        return self.steps.num_rows > self.steps["penalty_ratio"].null_count
 
 
 class Details:

@@ -130,7 +130,7 @@ def stream_figure(
 
     A curve is [tasks]; NaN where a task's score is not known. Groups may differ in length.
     """
-    with new_figure(height=4.4, rows=2) as (figure, (upper, lower)):
+    with new_figure(height=4.1 + _legend_height(len(op)), rows=2) as (figure, (upper, lower)):
         last = 1
         for axes, found in ((upper, op), (lower, bwt)):
             for group, curves in found.items():
@@ -196,7 +196,7 @@ def matrices_figure(matrices: Mapping[str, np.ndarray]) -> Figure:
 def cost_figure(groups: Mapping[str, Cost], look: Mapping[str, Look]) -> Figure:
     """OP against training time; groups on the Pareto front are ringed and joined. Groups without a look are grey."""
     front = [list(groups)[i] for i in pareto_front([(cost.seconds, cost.op) for cost in groups.values()])]
-    with new_figure(height=3.6) as (figure, axes):
+    with new_figure(height=3.3 + _legend_height(len(look) + 1)) as (figure, axes):
         for group, cost in groups.items():
             style = look.get(group)
             colour = style.colour if style else GREY
@@ -231,6 +231,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
         if not front or points[i][1] > points[front[-1]][1] or points[i] == points[front[-1]]:
             front.append(i)
     return front
+
+
+def _legend_height(entries: int) -> float:
+    """Inches, so that a long legend takes nothing from the figure; entries of usual length come two in a row."""
+    return 0.2 * -(-entries // 2)
 
 
 def _ends(axes: Axes, mean: Interval, place: int, colour: str) -> None:

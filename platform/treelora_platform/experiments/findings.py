@@ -99,7 +99,7 @@ def _untold(found: Mapping[str, Sequence[Difference]]) -> str:
     enough = next(n for n in range(1, 99) if family * smallest_p(n) <= LEVEL_P)
     what, unable = next(iter(found.items()))
     return (
-        f"Too few pairs of runs to tell in {' or '.join(found)}: with {pairs} no difference, however large, is beyond "
+        f"Too few pairs of runs to tell in {', '.join(found)}: with {pairs} no difference, however large, is beyond "
         f"chance here; with {enough} it could be. Seen so far in {what}: {_listed(unable, p=False)}."
     )
 

@@ -105,7 +105,7 @@ def inside_section(view: View) -> tuple[Section | None, dict[str, str]]:
     pulled: list[tuple[str, Inside]] = []
     for number, (label, runs) in enumerate(list(groups.items())[:INSIDE]):
         found = view.details.inside(best_run(runs, view.mode))
-        if found is None or not (found.has("arms") or found.trees):
+        if found is None or not (found.pulled or found.trees):
             continue
         text = f"{found.record.name}, the best of {plural(len(runs), 'run')} by OP, inference {view.mode}:"
         link = (f"#{view.anchors[found.record.run_id]}", "its row")
@@ -115,7 +115,7 @@ def inside_section(view: View) -> tuple[Section | None, dict[str, str]]:
             Part(charts=_arms(found, number)),
         ]
         places[found.record.run_id] = f"inside-{number}"
-        if found.has("penalty_ratio"):
+        if found.pushed:
             pulled.append((label, found))
     if pulled:
         figure = penalty_figure([(label if len(pulled) > 1 else "", found.steps) for label, found in pulled])
@@ -144,7 +144,7 @@ def _trees(found: Inside, number: int) -> list[Part]:
 
 
 def _arms(found: Inside, number: int) -> list[Chart]:
-    if not found.has("arms"):
+    if not found.pulled:
         return []
     over_steps = "Share of the layers that pulled each arm, over steps; dotted: a new task."
     by_layer = (

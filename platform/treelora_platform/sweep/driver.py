@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +20,15 @@ from treelora.errors import ConfigError
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.prepare import check_storage, prepare_stream
 from treelora_platform.provenance import versions
-from treelora_platform.run import RunFailedError, check_resources, only_one
+from treelora_platform.run import RunFailedError, check_resources, is_busy, only_one
 from treelora_platform.sweep.journal import Entry, Journal
 from treelora_platform.sweep.replay import SPEC_JSON
 from treelora_platform.sweep.space import check_rungs, check_space, draws, encode, grid, tune_space, wire_name
 from treelora_platform.sweep.spec import Range, SweepSpec, template, trial_config
 from treelora_platform.tracking import FinishReport, adopt_runs, finish_run, resolve_tracking_uri, start_run
 from treelora_platform.tracking_state import Status
+
+SETTLE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,11 @@ def _tune(spec: SweepSpec, tasks: int, folder: Path, console: Console, tracking:
             verbose=0,
         ),
     )
-    with _term_as_interrupt():
-        tuner.fit()
+    try:
+        with _term_as_interrupt():
+            tuner.fit()
+    finally:
+        _settle(journal, folder, console)
     if progress.done < spec.count():
         raise KeyboardInterrupt  # Tune has ended all trials in order, and says nothing of it
 
@@ -163,6 +169,14 @@ def _register(spec: SweepSpec, entries: list[Entry], folder: Path, console: Cons
     for place, entry in enumerate(done):
         uri = register_folder(folder / "runs" / entry.run, spec.register_as, "best" if place == 0 else None)
         console.print(f"registered: {uri}", highlight=False)
+
+
+def _settle(journal: Journal, folder: Path, console: Console) -> None:
+    """Wait for trials that were ended to close their runs, while Ray is up: Tune gives their actors five seconds."""
+    end = time.monotonic() + SETTLE_S
+    with console.status("closing the trials"):
+        while any(is_busy(folder / "runs" / run) for run in journal.latest()) and time.monotonic() < end:
+            time.sleep(0.2)
 
 
 def _wire(spec: SweepSpec, key: str, value: Any) -> Any:

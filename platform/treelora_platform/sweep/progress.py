@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from treelora_platform.summary import format_seconds
+from treelora_platform.sweep.child import last_words
 from treelora_platform.sweep.journal import Entry, Journal, Status
 from treelora_platform.sweep.space import decode
 from treelora_platform.sweep.spec import BETTER, SweepSpec, trial_config
-from treelora_platform.sweep.trainable import last_words
 
 SAID: dict[Status, str] = {
     "begun": "",
@@ -32,6 +32,7 @@ class SweepProgress(Callback):
         self.spec, self.tasks, self.console, self.journal = spec, tasks, console, journal
         self.total, self.done = spec.count(), 0
         self.began: dict[str, float] = {}
+        self.told: dict[str, int] = {}
         self.spent: list[float] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,8 +53,11 @@ class SweepProgress(Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """See `ray.tune.Callback`."""
-        count = result.get("tasks")
-        if count and trial.trial_id in self.began:  # else it tells of what an earlier call has shown
+        count = result.get("tasks", 0)
+        if trial.trial_id not in self.began:
+            return  # it repeats what an earlier call has shown
+        if count > self.told.get(trial.trial_id, 0):
+            self.told[trial.trial_id] = count
             scores = ", ".join(f"{name} {result[name]:.1f}" for name in self.spec.objectives if name in result)
             self._say(trial, f"{count}/{self.tasks} tasks  {scores}")
 

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import ray
 from ray.tune import Trainable
 
 from treelora_platform.prepare import run_folder
 from treelora_platform.run_tables import read_run_json, read_scores, read_tasks
 from treelora_platform.study_run import is_complete
 from treelora_platform.summary import summarise_mode
+from treelora_platform.sweep.child import Child, last_words
 from treelora_platform.sweep.journal import Journal
 from treelora_platform.sweep.space import decode
 from treelora_platform.sweep.spec import parse_sweep, trial_config
 
 POLL_S = 0.3
+HEARTBEAT_S = 2.0
+"""How long Tune may have to wait before it can tell this actor to stop: it is deaf while it waits for a task."""
 END_S = 30.0
 """Time for a trial to close its run before it is killed."""
 RESOURCES: dict[str, float] = {"CPU": 0, "memory": 1}
@@ -30,7 +31,7 @@ RESOURCES: dict[str, float] = {"CPU": 0, "memory": 1}
 
 
 class Trial(Trainable):
-    """An iteration is a task of the stream."""
+    """It reports every few seconds; `tasks` in a report says how many have been learnt."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Start the experiment, or go on with it where its last commit is."""
@@ -46,45 +47,21 @@ class Trial(Trainable):
         sweep_dir = Path(config["sweep_dir"])
         known = Journal(sweep_dir / "trials.jsonl").latest().get(self.config_of_run.name)
         self.stopped_at = known.tasks if known and known.status == "stopped" else None
-        self.process: subprocess.Popen[bytes] | None = None
+        self.child: Child | None = None
         if self.stopped_at is None and not is_complete(self.config_of_run):
-            self._start(settings, sweep_dir / "jobs", config["parent_run_id"])
-
-    def _start(self, settings: dict[str, Any], folder: Path, parent_run_id: str | None) -> None:
-        import ray
-
-        folder.mkdir(parents=True, exist_ok=True)
-        job, self.log = folder / f"{self.trial_id}.json", folder / f"{self.trial_id}.log"
-        job.write_text(
-            json.dumps(
-                {
-                    "config": settings,
-                    "values": self.values,
-                    "parent_run_id": parent_run_id,
-                    "parent": os.getpid(),
-                }
-            ),
-            encoding="utf-8",
-        )
-        environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-        with self.log.open("a", encoding="utf-8") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "treelora_platform.sweep.trial", str(job)],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that Ctrl-C in a terminal reaches it through us alone
-            )
+            job = {"config": settings, "values": self.values, "parent_run_id": config["parent_run_id"]}
+            environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+            self.child = Child(sweep_dir / "jobs" / f"{self.trial_id}.json", job, environment)
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next task; a score is that after as many tasks as `tasks` says.
+        """What there is after the next task, or after a few seconds; scores are those after `tasks` tasks.
 
         Raises:
             RuntimeError: the experiment failed; its last words.
         """
+        end = time.monotonic() + HEARTBEAT_S
         while True:
-            code = self.process.poll() if self.process else 0
+            code = self.child.poll() if self.child else 0
             judged = self._judged()
             # the last task is told of when the run is closed, so that what counts as done is done
             if self.reported < judged - (code is None and judged == self._length()):
@@ -93,18 +70,16 @@ class Trial(Trainable):
             if code == 0:
                 return self._result(done=True)
             if code is not None:
-                raise RuntimeError(f"{self.config_of_run.name}: {last_words(self.log)}")
+                assert self.child
+                raise RuntimeError(f"{self.config_of_run.name}: {last_words(self.child.log)}")
+            if time.monotonic() > end:
+                return self._result(done=False)
             time.sleep(POLL_S)
 
     def cleanup(self) -> None:
         """End the experiment, gently first."""
-        if self.process and self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            try:
-                self.process.wait(END_S)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        if self.child:
+            self.child.end(END_S)
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Nothing but the count: the run's own commits are the checkpoint."""
@@ -125,7 +100,7 @@ class Trial(Trainable):
         count = self.reported
         tasks = read_tasks(self.run_dir).slice(0, count).to_pylist()
         scores = read_scores(self.run_dir)
-        known = scores.filter([0 <= after < count for after in scores["after_index"].to_pylist()])
+        known = scores.filter(pa.array([0 <= after < count for after in scores["after_index"].to_pylist()], pa.bool_()))
         found = summarise_mode(known, self.mode) if known.num_rows else None
         seconds = sum(row["train_seconds"] or 0.0 for row in tasks)
         tokens = sum(row["tokens"] or 0 for row in tasks)
@@ -145,10 +120,3 @@ class Trial(Trainable):
 
 def _number(score: float | None) -> float:
     return math.nan if score is None else score
-
-
-def last_words(log: Path) -> str:
-    """The error that a trial ended with."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("error: ")]
-    return (said[-1].removeprefix("error: ") if said else " / ".join(lines[-3:])) or f"ended without a word ({log})"

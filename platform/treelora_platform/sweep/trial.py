@@ -2,46 +2,58 @@
 
 A process of its own is a Ray job of its own: whatever way it ends, Ray takes back every worker, actor and placement
 group that it made. Trials that Tune ends from outside leaked those when they ran inside Tune's actors.
+
+It leaves the actor that began it at once, because Ray kills the children of an actor that ends, and a trial needs some
+seconds to close its run. It watches that actor instead, and interrupts itself when that is gone.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
-RETRY_S = 1.0
-_PR_SET_PDEATHSIG = 1
+import psutil
+
+from treelora.data.files import write_bytes_atomically
+
+POLL_S = 1.0
+CLOSE_S = 60.0
+"""Time to close the run when the parent is gone; Ray may have gone with it, and hold us up."""
 
 
-def end_with(parent: int) -> None:
-    """Be interrupted when the parent process ends, by SIGKILL too, or has ended already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
-    if os.getppid() != parent:
-        raise KeyboardInterrupt
+def files(job: Path) -> tuple[Path, Path]:
+    """Where a job's process says its number, and its exit code when it has ended."""
+    return job.with_suffix(".pid"), job.with_suffix(".exit")
 
 
-def main(job_file: str) -> int:
-    """Run the trial; the exit code is that of `treelora run`."""
+def watch(parent: psutil.Process) -> None:
+    """Interrupt this process when another ends, and end it if that doesn't help."""
+    while parent.is_running():
+        time.sleep(POLL_S)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(CLOSE_S)
+    os._exit(130)
+
+
+def run(job: dict[str, object]) -> int:
+    """Run the experiment; the exit code is that of `treelora run`."""
     from rich.console import Console
 
     from treelora.errors import TreeLoRAError
     from treelora_platform.config import parse_config
     from treelora_platform.run import RunBusyError, RunFailedError, run_experiment
 
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    end_with(job["parent"])
-    config, console = parse_config(job["config"], job_file), Console(soft_wrap=True)
+    config, console = parse_config(job["config"]), Console(soft_wrap=True)  # type: ignore[arg-type]
     while True:
         try:
-            run_experiment(config, console, parent_run_id=job["parent_run_id"], sweep=job["values"])
+            run_experiment(config, console, parent_run_id=job["parent_run_id"], sweep=job["values"])  # type: ignore[arg-type]
         except RunBusyError:
-            time.sleep(RETRY_S)  # another trial drew the same values: its result is ours
+            time.sleep(POLL_S)  # another trial drew the same values: its result is ours
         except RunFailedError as error:
             console.print(f"error: {error}", markup=False)
             return 1
@@ -52,8 +64,29 @@ def main(job_file: str) -> int:
             return 0
 
 
-if __name__ == "__main__":
+def main(job_file: str) -> None:
+    """Leave the parent, run the trial, and write down how it ended."""
+    path = Path(job_file)
+    job = json.loads(path.read_text(encoding="utf-8"))
+    pid_file, exit_file = files(path)
+    parent = psutil.Process(job["parent"])
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    # Ray's workers block or ignore these, and so would what they start
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    write_bytes_atomically(pid_file, str(os.getpid()).encode())
+    code = 1
     try:
-        sys.exit(main(sys.argv[1]))
+        threading.Thread(target=watch, args=(parent,), daemon=True).start()
+        code = run(job)
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    finally:
+        write_bytes_atomically(exit_file, str(code).encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
