@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Cells = tuple[str, ...]
+LEAST_WIDTH = 20
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ def render(sheet: Sheet) -> Table:
 
     table = Table(title=sheet.title, caption="\n".join(sheet.notes), caption_justify="left", pad_edge=False)
     for i, column in enumerate(sheet.columns):
-        table.add_column(column, justify="left" if i < sheet.texts else "right")
+        longest = max((len(row[i]) for row in sheet.cells if row), default=0)
+        # names are told apart by their ends, which a narrow terminal would cut off
+        least = min(longest, LEAST_WIDTH) if i < sheet.texts else None
+        table.add_column(column, justify="left" if i < sheet.texts else "right", min_width=least)
     for row in sheet.cells:
         if row:
             table.add_row(*(Text(cell) for cell in row))

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from treelora.errors import DataError
@@ -124,7 +124,9 @@ class History:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         folder.mkdir(parents=True, exist_ok=True)
         with self._talking(f"no MLflow run {run_id!r} in {self.shown}"):
-            there = {file.path for file in self._client.list_artifacts(run_id)}
+            parents = {str(PurePosixPath(part).parent) for part in parts}
+            listed = [self._client.list_artifacts(run_id, None if one == "." else one) for one in sorted(parents)]
+            there = {file.path for files in listed for file in files}
             for part in parts:
                 if part in there:
                     self._client.download_artifacts(run_id, part, str(folder))

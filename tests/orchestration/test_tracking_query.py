@@ -59,6 +59,8 @@ def test_a_whole_run_comes_back_from_sqlite(tmp_path, store):
     assert not any(
         path.name == "tree" for path in History(store).download(run_id, tmp_path / "x", ["tables"]).iterdir()
     )
+    nested = History(store).download(run_id, tmp_path / "y", ["tables/scores.parquet", "tables/none.parquet", "a/b"])
+    assert [path.name for path in nested.rglob("*") if path.is_file()] == ["scores.parquet"]
 
 
 def test_a_whole_run_comes_back_from_a_server(tmp_path):

@@ -97,8 +97,6 @@ class Details:
 
     def _scores(self, run_id: str) -> pa.Table:
         found = self.history.download(run_id, self._place(run_id), (SCORES_FILE,))
-        if not (found / SCORES_FILE).exists():  # a history that fetches whole folders only
-            found = self.history.download(run_id, self._place(run_id), ("tables",))
         return read_scores(found)
 
     def _inside(self, record: RunRecord, run_id: str) -> Inside:
