@@ -10,6 +10,7 @@ import ray
 from treelora.errors import ConfigError
 from treelora_platform.sweep import driver
 from treelora_platform.sweep.journal import Entry
+from treelora_platform.sweep.search import optuna_search
 from treelora_platform.sweep.space import decode, tune_space
 from treelora_platform.sweep.spec import SweepSpec, parse_sweep, template, trial_config
 
@@ -36,7 +37,7 @@ def test_optuna_is_told_of_earlier_trials_and_then_searches_on(objectives: dict[
         {"stream.order": ["a", "b"], "treelora.exploration": 0.5, "lora.rank": 9},
     ]
     entries = [Entry(str(i), values, "done") for i, values in enumerate(known)]
-    search = driver._optuna(asked, entries)
+    search = optuna_search(asked, entries)
     search.set_search_properties(None, None, {"values": tune_space(asked), "constant": 1})
     drawn = [decode(asked, search.suggest(str(i))["values"]) for i in range(12)]
     assert drawn[:2] == known

@@ -20,11 +20,13 @@ from treelora.errors import ConfigError
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.prepare import check_storage, prepare_stream
 from treelora_platform.provenance import versions
+from treelora_platform.redaction import hide_credentials
 from treelora_platform.run import RunFailedError, check_resources, is_busy, only_one
 from treelora_platform.sweep.journal import Entry, Journal
 from treelora_platform.sweep.replay import SPEC_JSON
-from treelora_platform.sweep.space import check_rungs, check_space, draws, encode, grid, tune_space, wire_name
-from treelora_platform.sweep.spec import Range, SweepSpec, template, trial_config
+from treelora_platform.sweep.search import scheduler_of, trials_of
+from treelora_platform.sweep.space import check_rungs, check_space
+from treelora_platform.sweep.spec import SweepSpec, template, trial_config
 from treelora_platform.tracking import FinishReport, adopt_runs, finish_run, resolve_tracking_uri, start_run
 from treelora_platform.tracking_state import Status
 
@@ -77,6 +79,8 @@ def _execute(spec: SweepSpec, base: ExperimentConfig, tasks: int, folder: Path, 
     journal = Journal(folder / "trials.jsonl")
     known = journal.latest()
     uri = resolve_tracking_uri(base.tracking.uri, folder.parent)
+    # an address with a password comes from the environment, which trials have too, and mustn't be written down
+    for_trials = uri if hide_credentials(uri) == uri else None
     parent = start_run(
         base.tracking.uri,
         base.tracking.experiment,
@@ -94,7 +98,7 @@ def _execute(spec: SweepSpec, base: ExperimentConfig, tasks: int, folder: Path, 
         connect(base)
         at_once = room_for(base, spec)
         console.print(f"sweep {spec.name}: {spec.count()} trials, {at_once} at once, in {folder}", highlight=False)
-        _tune(spec, tasks, folder, console, {"tracking_uri": uri, "parent_run_id": parent}, at_once)
+        _tune(spec, tasks, folder, console, {"tracking_uri": for_trials, "parent_run_id": parent}, at_once)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -128,18 +132,13 @@ def _tune(spec: SweepSpec, tasks: int, folder: Path, console: Console, tracking:
         "sweep_dir": str(folder),
         **tracking,
     }
-    search, values, samples = None, {}, 1
-    if spec.search == "optuna":
-        search, values, samples = _optuna(spec, list(journal.latest().values())), tune_space(spec), spec.trials
-    else:
-        listed = grid(spec) if spec.search == "grid" else draws(spec, spec.trials)
-        values = tune.grid_search([{wire_name(k): _wire(spec, k, v) for k, v in one.items()} for one in listed])
+    search, values, samples = trials_of(spec, list(journal.latest().values()))
     progress = SweepProgress(spec, tasks, console, journal)
     tuner = tune.Tuner(
         tune.with_resources(Trial, RESOURCES),
         param_space=config | {"values": values},
         tune_config=tune.TuneConfig(
-            search_alg=search, scheduler=_scheduler(spec, tasks), num_samples=samples, max_concurrent_trials=at_once
+            search_alg=search, scheduler=scheduler_of(spec, tasks), num_samples=samples, max_concurrent_trials=at_once
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -177,43 +176,6 @@ def _settle(journal: Journal, folder: Path, console: Console) -> None:
     with console.status("closing the trials"):
         while any(is_busy(folder / "runs" / run) for run in journal.latest()) and time.monotonic() < end:
             time.sleep(0.2)
-
-
-def _wire(spec: SweepSpec, key: str, value: Any) -> Any:
-    return value if isinstance(spec.space[key], Range) else encode(value)
-
-
-def _optuna(spec: SweepSpec, known: list[Entry]) -> Any:
-    """Optuna's search, which is first told of the trials that began before: they end at once, and so inform it."""
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    points = [{f"values/{wire_name(k)}": _wire(spec, k, v) for k, v in entry.values.items()} for entry in known]
-    scores: list[str] = list(spec.objectives)
-    better: list[str] = list(spec.objectives.values())
-    one = len(scores) == 1
-    return OptunaSearch(
-        metric=scores[0] if one else scores,
-        mode=better[0] if one else better,
-        points_to_evaluate=points or None,
-        seed=spec.seed + len(known),  # with the same seed a sweep that goes on would draw its first trials again
-    )
-
-
-def _scheduler(spec: SweepSpec, tasks: int) -> Any:
-    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
-
-    if spec.scheduler.kind == "none":
-        return FIFOScheduler()
-    return AsyncHyperBandScheduler(
-        time_attr="tasks",
-        metric=spec.primary,
-        mode=spec.objectives[spec.primary],
-        max_t=tasks,
-        grace_period=spec.scheduler.grace_tasks,
-        reduction_factor=spec.scheduler.reduction_factor,
-    )
 
 
 def room_for(base: ExperimentConfig, spec: SweepSpec) -> int:
