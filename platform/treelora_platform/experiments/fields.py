@@ -157,8 +157,16 @@ def sort_key(value: str | None) -> tuple[int, float, str]:
     return (1, 0.0, value) if number is None else (0, number, value)
 
 
+def shorter(text: str) -> str:
+    """A drawn number to four digits; every other text as it is."""
+    try:
+        return f"{float(text):.4g}" if "." in text and len(text) > 8 else text
+    except ValueError:
+        return text
+
+
 def show_values(values: Iterable[str | None], limit: int = 6) -> str:
     """Distinct values in order, at most so many: `4, 8, none`."""
     distinct = sorted(set(values), key=sort_key)
-    texts = ["none" if value is None else value for value in distinct]
+    texts = ["none" if value is None else shorter(value) for value in distinct]
     return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
