@@ -129,7 +129,9 @@ class History:
             there = {file.path for files in listed for file in files}
             for part in parts:
                 if part in there:
-                    self._client.download_artifacts(run_id, part, str(folder))
+                    place = (folder / part).parent  # MLflow drops the folders above what is asked for
+                    place.mkdir(parents=True, exist_ok=True)
+                    self._client.download_artifacts(run_id, part, str(place))
         return folder
 
     @cached_property

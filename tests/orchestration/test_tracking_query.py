@@ -2,6 +2,7 @@
 
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -60,7 +61,8 @@ def test_a_whole_run_comes_back_from_sqlite(tmp_path, store):
         path.name == "tree" for path in History(store).download(run_id, tmp_path / "x", ["tables"]).iterdir()
     )
     nested = History(store).download(run_id, tmp_path / "y", ["tables/scores.parquet", "tables/none.parquet", "a/b"])
-    assert [path.name for path in nested.rglob("*") if path.is_file()] == ["scores.parquet"]
+    files = [path.relative_to(nested) for path in nested.rglob("*") if path.is_file()]
+    assert files == [Path("tables", "scores.parquet")]
 
 
 def test_a_whole_run_comes_back_from_a_server(tmp_path):
