@@ -166,7 +166,7 @@ def test_what_is_packed(
     assert packed == {"config.yaml", "run.json", "tasks.json", *adapters, *commit}
     assert {"MLmodel", "pyfunc_model.py", "requirements.txt", "input_example.json"} <= files
     assert not [file for file in files if file.endswith((".pkl", ".pickle", ".pt", ".bin"))]
-    assert "hunter2" not in "".join((folder / file).read_text() for file in files if not file.endswith("tensors"))
+    assert "inner.example" not in "".join((folder / file).read_text() for file in files if not file.endswith("tensors"))
     assert (folder / "requirements.txt").read_text().split() == requirements()
     assert [line.partition("==")[0] for line in requirements()] == [
         "treelora", "mlflow", "torch", "transformers", "peft",

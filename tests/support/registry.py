@@ -19,13 +19,13 @@ COLUMNS = ["answer", "task", "margin", "runner_up", "fallback"]
 
 
 def routed_run(folder: Path) -> tuple[Path, StreamLoop]:
-    """A run that is meant for routed inference, and whose tracking server wants a password."""
+    """A run that is meant for routed inference, and whose tracking server has an address that is nobody else's."""
     config = tiny_config(
         folder,
         treelora={"inference": "routed"},
         lora={"alpha": 64},
         train={"steps": 12, "learning_rate": 0.05},
-        tracking={"uri": "http://ada:hunter2@host", "tags": {"team": "x"}},
+        tracking={"uri": "http://inner.example", "tags": {"team": "x"}},
     )
     return folder / "run", learnt(config, folder / "run")
 
