@@ -159,7 +159,7 @@ def test_one_mlflow_run_a_trial_however_often_it_was_killed(finished: Sweep) -> 
     best = next(run for run in children if run.data.params["train.learning_rate"] == "0.3")
     assert len(client.get_metric_history(best.info.run_id, "loss")) == 450
     version = client.get_model_version_by_alias("tiny-model", "best")
-    assert (version.version, version.run_id) == ("1", best.info.run_id)
+    assert (int(version.version), version.run_id) == (1, best.info.run_id)
     assert {"trials.parquet", "trials.md", "sweep.json"} <= {a.path for a in client.list_artifacts(parent.info.run_id)}
 
 
