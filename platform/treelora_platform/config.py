@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from treelora.errors import ConfigError
 from treelora.options import Options, peers
@@ -29,7 +29,7 @@ from treelora_platform.config_sections import (
     TrackingSettings,
     TrainSettings,
 )
-from treelora_platform.redaction import hide_credentials
+from treelora_platform.settings_file import parse_value, read_mapping, validated
 
 MethodName = Literal[
     "treelora", "sequential", "frozen", "joint", "olora", "inflora", "sdlora", "slao", "ewc", "agem", "gem", "ogd",
@@ -37,8 +37,6 @@ MethodName = Literal[
 ]  # fmt: skip
 # Whether a method's class says `accumulates`; said here as well, because this file must not import torch.
 ACCUMULATING = frozenset({"olora", "inflora", "sdlora"})
-# What PyYAML raises: apart from its own errors, whatever a wrong date, number, tag or a deep nest makes Python raise.
-YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class ExperimentConfig(Options):
@@ -137,19 +135,7 @@ def load_config(path: str | Path, overrides: Annotated[list[str], "key=value"] |
     Raises:
         ConfigError: names the file, each wrong key, its value and what would be right.
     """
-    path = Path(path)
-    try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file; `jobs/configs/` has recipes to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read ({error})") from None
-    except YAML_ERRORS as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    if plain is None:
-        plain = {}
-    if not isinstance(plain, dict):
-        raise ConfigError(f"{path}: holds a {type(plain).__name__}; a configuration is a mapping of keys to values")
+    plain = read_mapping(Path(path), "a configuration", "`jobs/configs/` has recipes to start from")
     for override in overrides or []:
         set_value(plain, override)
     return parse_config(plain, origin=str(path))
@@ -161,13 +147,7 @@ def parse_config(plain: dict[str, Any], origin: str = "configuration") -> Experi
     Raises:
         ConfigError: every fault in one message, a line each.
     """
-    try:
-        return ExperimentConfig.model_validate(plain)
-    except ValidationError as error:
-        faults = [_explain(fault) for fault in error.errors()]
-        raise ConfigError(
-            f"{origin}: {faults[0]}" if len(faults) == 1 else "\n  ".join([f"{origin}:", *faults])
-        ) from None
+    return validated(ExperimentConfig, plain, origin)
 
 
 def parse_options(texts: list[str]) -> dict[str, Any]:
@@ -200,38 +180,10 @@ def set_value(plain: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {parent!r} holds {child!r}, not a section")
         node = child
-    try:
-        node[last] = _plain_value(value)
-    except YAML_ERRORS:
-        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
-
-
-def _plain_value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)  # YAML 1.1 reads 1e-4 as text; people mean the number
-    return value
-
-
-def _explain(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"]) or "configuration"
-    if fault["type"] == "extra_forbidden":
-        return f"{key}: no such key{_suggest(fault['loc'])}"
-    message = fault["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(fault["input"], dict | BaseModel) else f" (found {fault['input']!r})"
-    return hide_credentials(f"{key}: {message}{shown}")
-
-
-def _suggest(location: tuple[Any, ...]) -> str:
-    import difflib
-
-    section: Any = ExperimentConfig
-    for part in location[:-1]:
-        # a number is the place in a tuple of sections, such as `extensions`
-        section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
-    known = list(section.model_fields)
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(known)}"
+    parsed = parse_value(value, override)
+    if isinstance(parsed, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", parsed):
+        parsed = float(parsed)  # YAML 1.1 reads 1e-4 as text; people mean the number
+    node[last] = parsed
 
 
 def json_schema() -> dict[str, Any]:

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from treelora.errors import ConfigError
 from treelora.methods import METHODS
 from treelora.options import Options
 from treelora.options.tree import Inference
-from treelora_platform.config import YAML_ERRORS, ExperimentConfig, load_config
+from treelora_platform.config import ExperimentConfig, load_config
 from treelora_platform.recipes import recipe_path
+from treelora_platform.settings_file import read_mapping, validated
 
 Setting = dict[str, int | float]
 """Dotted keys of the configuration, and the value of each that tuning chose or tries."""
@@ -157,20 +157,7 @@ def load_study(path: str | Path) -> Study:
     Raises:
         ConfigError: names the file, the key, its value and what would be right.
     """
-    try:
-        plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, *YAML_ERRORS) as error:
-        raise ConfigError(f"{path}: can't be read as YAML ({' '.join(str(error).split())})") from None
-    try:
-        return Study.model_validate(plain)
-    except ValidationError as error:
-        faults = []
-        for fault in error.errors():
-            key = ".".join(map(str, fault["loc"]))
-            unknown = fault["type"] == "extra_forbidden"
-            said = "no such key" if unknown else fault["msg"].removeprefix("Value error, ")
-            faults.append(f"{key}: {said}" if key else said)
-        raise ConfigError("\n  ".join([f"{path}:", *faults]) if len(faults) > 1 else f"{path}: {faults[0]}") from None
+    return validated(Study, read_mapping(Path(path), "a study", "benchmarks/studies has some"), str(path))
 
 
 def reduce_study(study: Study) -> Study:

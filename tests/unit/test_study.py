@@ -157,11 +157,11 @@ def test_mistakes_in_a_variant_are_named(tmp_path, variant, message):
 
 def test_what_is_no_study_file_is_refused(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [")
-    for name in ("broken.yaml", "missing.yaml"):
-        with pytest.raises(ConfigError, match=rf"{re.escape(name)}: can't be read as YAML"):
+    for name, said in (("broken.yaml", "is not YAML"), ("missing.yaml", "there is no such file")):
+        with pytest.raises(ConfigError, match=rf"{re.escape(name)}: {said}"):
             load_study(tmp_path / name)
     (tmp_path / "list.yaml").write_text("- a")
-    with pytest.raises(ConfigError, match=r"list\.yaml: .*dictionary"):
+    with pytest.raises(ConfigError, match=r"list\.yaml: holds a list; a study is a mapping"):
         load_study(tmp_path / "list.yaml")
 
 

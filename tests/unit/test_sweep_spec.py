@@ -27,7 +27,7 @@ def spec(**changes: Any) -> SweepSpec:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"spaces": {}}, "spaces: no such key; known here: name, recipe"),
+        ({"spaces": {}}, "spaces: no such key; did you mean 'space'"),
         ({"space": {}}, "space: .*at least 1"),
         ({"space": {"lora.rank": []}}, "space.lora.rank: has no values to choose from"),
         ({"space": {"lora.rank": [4, 4]}}, "space.lora.rank: a value is there twice"),
@@ -102,7 +102,7 @@ def test_a_file_with_overrides(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=said):
             load_sweep(path, [text])
     path.write_text("- a", encoding="utf-8")
-    with pytest.raises(ConfigError, match="holds no mapping"):
+    with pytest.raises(ConfigError, match="holds a list; a sweep is a mapping"):
         load_sweep(path)
     path.write_text("a: [", encoding="utf-8")
     with pytest.raises(ConfigError, match="is not YAML"):

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from treelora.errors import ConfigError
 from treelora.options import Options
 from treelora.options.tree import Inference
-from treelora_platform.config import YAML_ERRORS, ExperimentConfig, load_config, parse_config, set_value
+from treelora_platform.config import ExperimentConfig, load_config, parse_config, set_value
 from treelora_platform.recipes import recipe_path
+from treelora_platform.settings_file import parse_value, read_mapping, validated
 
 Search = Literal["grid", "random", "optuna"]
 Score = Literal["op", "bwt", "seconds", "tokens_per_second", "stored_bytes"]
@@ -142,17 +143,7 @@ def load_sweep(path: str | Path, overrides: list[str] | None = None) -> SweepSpe
     Raises:
         ConfigError: names the file, each wrong key, its value and what would be right.
     """
-    path = Path(path)
-    try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file; jobs/configs/sweeps has examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read ({error})") from None
-    except YAML_ERRORS as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(plain, dict):
-        raise ConfigError(f"{path}: holds no mapping; a sweep is a mapping of keys to values")
+    plain = read_mapping(Path(path), "a sweep", "jobs/configs/sweeps has examples")
     for text in overrides or []:
         _override(plain, text)
     return parse_sweep(plain, str(path))
@@ -164,13 +155,7 @@ def parse_sweep(plain: dict[str, Any], origin: str = "sweep") -> SweepSpec:
     Raises:
         ConfigError: every fault in one message, a line each.
     """
-    try:
-        return SweepSpec.model_validate(plain)
-    except ValidationError as error:
-        faults = [_explain(fault) for fault in error.errors()]
-        raise ConfigError(
-            f"{origin}: {faults[0]}" if len(faults) == 1 else "\n  ".join([f"{origin}:", *faults])
-        ) from None
+    return validated(SweepSpec, plain, origin)
 
 
 def template(spec: SweepSpec) -> dict[str, Any]:
@@ -214,10 +199,7 @@ def _override(plain: dict[str, Any], text: str) -> None:
     section, dot, entry = key.strip().partition(".")
     if not equals or not section:
         raise ConfigError(f"override {text!r}: write key=value, such as trials=16 or overrides.train.steps=8")
-    try:
-        parsed = yaml.safe_load(value)
-    except YAML_ERRORS:
-        raise ConfigError(f"override {text!r}: the value is not YAML; quote it") from None
+    parsed = parse_value(value, text)
     if not dot:
         plain[section] = parsed
         return
@@ -226,12 +208,3 @@ def _override(plain: dict[str, Any], text: str) -> None:
     if not isinstance(node, dict):
         raise ConfigError(f"override {text!r}: {section!r} holds {node!r}, not a mapping")
     node[entry] = parsed
-
-
-def _explain(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"]) or "sweep"
-    if fault["type"] == "extra_forbidden":
-        known = ", ".join(SweepSpec.model_fields) if len(fault["loc"]) == 1 else "see the documentation"
-        return f"{key}: no such key; known here: {known}"
-    shown = "" if isinstance(fault["input"], dict) else f" (found {fault['input']!r})"
-    return f"{key}: {fault['msg'].removeprefix('Value error, ')}{shown}"
