@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 from rich.console import Console
@@ -13,7 +12,7 @@ from rich.markup import escape
 
 from treelora.errors import DataError
 from treelora_platform.config import ExperimentConfig
-from treelora_platform.jsonl import append_line, read_lines
+from treelora_platform.jsonl import JsonLog
 from treelora_platform.prepare import run_folder
 from treelora_platform.run import run_experiment
 from treelora_platform.run_tables import read_run_json
@@ -38,26 +37,11 @@ class Entry:
     """Seconds since 1970."""
 
 
-@dataclass(frozen=True)
-class Log:
-    """An append-only file of entries, so that a study that was stopped knows how long runs take."""
+class Log(JsonLog[Entry]):
+    """What was run, so that a study that was stopped knows how long runs take."""
 
-    path: Path
-
-    def entries(self) -> list[Entry]:
-        """All, in order; a last line that was cut off is left out.
-
-        Raises:
-            DataError: the file holds something else.
-        """
-        try:
-            return [Entry(**record) for record in read_lines(self.path)]
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{self.path}: is not a study's log ({error}); move it away") from None
-
-    def add(self, entry: Entry) -> None:
-        """Append an entry."""
-        append_line(self.path, asdict(entry))
+    kind = Entry
+    what = "a study's log"
 
     def failures(self, jobs: Sequence[Job]) -> list[tuple[Job, str]]:
         """The jobs whose last attempt failed, and why."""

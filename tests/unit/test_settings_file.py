@@ -21,8 +21,8 @@ class Root(Options):
     leaf: Leaf = Leaf()
     maybe: Leaf | None = None
     many: tuple[Leaf, ...] = ()
-    named: dict[str, Leaf] = {}
-    either: dict[str, list[int] | Other] = {}
+    named: dict[str, Leaf] = Field({})
+    either: dict[str, list[int] | Other] = Field({})
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_fault_in_a_section(plain, said):
 
 
 def test_a_choice_of_a_union_is_found():
-    with pytest.raises(ConfigError, match="either.x.Other.color: no such key; did you mean 'colour'?"):
+    with pytest.raises(ConfigError, match=r"either\.x\.Other\.color: no such key; did you mean 'colour'\?"):
         validated(Root, {"either": {"x": {"color": 1}}}, "here")
 
 

@@ -4,12 +4,10 @@ a sweep needs to go on; Ray Tune's own state, which is pickled, is never read ba
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from treelora.errors import DataError
-from treelora_platform.jsonl import append_line, read_lines
+from treelora_platform.jsonl import JsonLog
 
 Status = Literal["begun", "done", "stopped", "failed"]
 
@@ -31,26 +29,11 @@ class Entry:
     """Seconds since 1970."""
 
 
-@dataclass(frozen=True)
-class Journal:
-    """An append-only file of entries."""
+class Journal(JsonLog[Entry]):
+    """The entries of a sweep."""
 
-    path: Path
-
-    def entries(self) -> list[Entry]:
-        """All, in order; a last line that was cut off is left out.
-
-        Raises:
-            DataError: the file holds something else.
-        """
-        try:
-            return [Entry(**record) for record in read_lines(self.path)]
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{self.path}: is not a sweep's journal ({error}); move it away") from None
-
-    def add(self, entry: Entry) -> None:
-        """Append an entry."""
-        append_line(self.path, asdict(entry))
+    kind = Entry
+    what = "a sweep's journal"
 
     def latest(self) -> dict[str, Entry]:
         """The last word on each run, in the order in which they first began."""
