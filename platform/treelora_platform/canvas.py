@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -62,6 +64,34 @@ def legend_below(figure: Any, axes: Any) -> None:
     if labels:
         room = int(figure.get_figwidth() * 13 / (max(map(len, labels)) + 8))
         figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(len(labels), room)))
+
+
+def draw_matrix(axes: Any, matrix: np.ndarray, fontsize: float, written: int) -> Any:
+    """Scores in percent as a heat map, unmeasured ones left blank; numbers up to `written` tasks. Returns the image."""
+    from matplotlib import colormaps
+
+    image = axes.imshow(np.ma.masked_invalid(matrix), cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for (row, column), value in np.ndenumerate(matrix):
+        if np.isfinite(value) and len(matrix) <= written:
+            red, green, blue, _ = colormaps["cividis"](value / 100)
+            ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "white"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=fontsize)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def number_tasks(axes: Any, count: int, most: int, fontsize: float) -> None:
+    """Number tasks from 1 along both axes, `most` of them at most."""
+    ticks = range(0, count, max(1, -(-count // most)))
+    labels = [str(i + 1) for i in ticks]
+    axes.set_xticks(ticks, labels, fontsize=fontsize)
+    axes.set_yticks(ticks, labels, fontsize=fontsize)
+
+
+def score_bar(figure: Figure, image: Any, axes: Any, fraction: float = 0.03, pad: float = 0.02) -> None:
+    """What the colours of `draw_matrix` mean, beside the axes."""
+    figure.colorbar(image, ax=axes, label="score (%)", fraction=fraction, pad=pad).outline.set_visible(False)
 
 
 def render(figure: Figure, extension: str) -> bytes:

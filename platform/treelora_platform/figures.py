@@ -15,9 +15,11 @@ from treelora_platform.canvas import (
     INK,
     LINES,
     WIDTH,
+    draw_matrix,
     legend_below,
     new_figure,
     render,
+    score_bar,
     short,
     to_svg,
 )
@@ -77,26 +79,17 @@ def tree_figures(trees: Sequence[TreeSnapshot]) -> Iterator[tuple[str, Figure]]:
 
 def matrix_figure(scores: pa.Table, mode: str, names: dict[int, str]) -> Figure:
     """The matrix R of a mode as a heat map: a row a task, a column a training step of the stream."""
-    from matplotlib import colormaps
-
     from treelora.evaluation.matrix import matrix_from_table
 
     matrix = matrix_from_table(scores, mode)
     n = len(matrix)
     labels = [short(names.get(i, f"task {i}")) for i in range(n)]
     with new_figure(height=max(2.4, 0.9 + 0.34 * n), width=min(WIDTH, 3.2 + 0.5 * n)) as (figure, axes):
-        image = axes.imshow(np.ma.masked_invalid(matrix), cmap="cividis", vmin=0, vmax=100, aspect="auto")
-        for (i, j), value in np.ndenumerate(matrix):
-            if np.isfinite(value) and n <= 16:
-                red, green, blue, _ = colormaps["cividis"](value / 100)
-                ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "white"
-                axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=8)
+        image = draw_matrix(axes, matrix, fontsize=8, written=16)
         axes.set_xticks(range(n), labels, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(n), labels)
         axes.set(title=f"Score of each task, mode {mode}", xlabel="after training", ylabel="score on")
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, label="score (%)", fraction=0.05, pad=0.03).outline.set_visible(False)
+        score_bar(figure, image, axes, fraction=0.05, pad=0.03)
         return figure
 
 

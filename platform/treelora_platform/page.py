@@ -6,16 +6,14 @@ A page is one file. It fetches nothing, and its Content-Security-Policy forbids 
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
-import io
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from treelora_platform.canvas import COLOURS, render, to_svg
+from treelora_platform.csv_text import csv_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
 PAPER = "#fefefe"
 """What a figure draws in the ground's colour: white in a file, the page's own in a page."""
 TALL = 16  # rows
-_FORMULA = re.compile(r"[=+\-@\t\r]")
-_NUMBER = re.compile(r"[+-]?[\d.,]+(e[+-]?\d+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -156,15 +152,5 @@ def svg_download(figure: Figure, name: str) -> Download:
 
 
 def csv_download(name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Download:
-    """A table as a CSV file; None is empty. A text that a spreadsheet would run as a formula gets an apostrophe."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([_harmless(column) for column in columns])
-    writer.writerows([_harmless(value) for value in row] for row in rows)
-    return Download(f"{name}.csv", f"data:text/csv;charset=utf-8,{quote(text.getvalue())}")
-
-
-def _harmless(value: Any) -> Any:
-    if isinstance(value, str) and _FORMULA.match(value) and not _NUMBER.fullmatch(value):
-        return f"'{value}"
-    return value
+    """A table as a CSV file."""
+    return Download(f"{name}.csv", f"data:text/csv;charset=utf-8,{quote(csv_text(columns, rows))}")

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
 from treelora.data.files import write_bytes_atomically
 from treelora.simulation.statistics import Interval
+from treelora_platform.csv_text import csv_text
 from treelora_platform.summary import NOT_MEASURED
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Cells = tuple[str, ...]
+Item = TypeVar("Item")
 LEAST_WIDTH = 20
 
 
@@ -75,15 +76,14 @@ def write_sheets(folder: Path, sheets: Sequence[Sheet]) -> list[Path]:
 
 def write_table(folder: Path, name: str, table: pa.Table) -> list[Path]:
     """A table as Parquet and as CSV, which leaves out columns of lists."""
-    import pyarrow.csv as csv
     import pyarrow.parquet as pq
 
-    parquet, text = pa.BufferOutputStream(), io.BytesIO()
+    parquet = pa.BufferOutputStream()
     pq.write_table(table, parquet, compression="zstd")
     flat = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
-    csv.write_csv(table.select(flat), text)
+    text = csv_text(flat, ([row[column] for column in flat] for row in table.to_pylist()))
     paths = [folder / f"{name}.parquet", folder / f"{name}.csv"]
-    for path, payload in zip(paths, (parquet.getvalue(), text.getvalue()), strict=True):
+    for path, payload in zip(paths, (parquet.getvalue(), text.encode()), strict=True):
         write_bytes_atomically(path, payload)
     return paths
 
@@ -127,6 +127,16 @@ def show_interval(found: Interval | None, digits: int = 1, sign: bool = False, e
 def show_ends(found: Interval, digits: int = 1) -> str:
     """`[43.0, 47.9]`."""
     return NOT_MEASURED if math.isnan(found.low) else f"[{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def in_blocks(items: Sequence[Item], block: Callable[[Item], Any], cells: Callable[[Item], Cells]) -> tuple[Cells, ...]:
+    """A row for each item, with an empty one wherever a new block begins."""
+    rows: list[Cells] = []
+    for before, item in zip([None, *items], items, strict=False):
+        if before is not None and block(before) != block(item):
+            rows.append(())
+        rows.append(cells(item))
+    return tuple(rows)
 
 
 def bullets(lines: Sequence[str]) -> str:

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treelora.data.files import write_bytes_atomically
-from treelora_platform.canvas import COLOURS, INK, LINES, WIDTH, new_figure, render, short
+from treelora_platform.canvas import (
+    COLOURS,
+    INK,
+    LINES,
+    WIDTH,
+    draw_matrix,
+    new_figure,
+    number_tasks,
+    render,
+    score_bar,
+    short,
+)
 from treelora_platform.statistics import mean_interval
 from treelora_platform.study import Study
 from treelora_platform.study_analysis import modes_in, values_of
@@ -151,27 +162,15 @@ def stream_figure(study: Study, full: Sequence[Row], mode: str) -> Figure:
 
 def matrices_figure(study: Study, full: Sequence[Row], mode: str, order: int) -> Figure:
     """The accuracy matrix of each variant on one order, the mean over seeds: a row a task, a column a task learnt."""
-    from matplotlib import colormaps
-
     found = {name: _mean_matrix(full, name, mode, order) for name in study.variants}
     found = {name: matrix for name, matrix in found.items() if np.isfinite(matrix).any()}
     tasks = next(row.tasks for row in full if (row.mode, row.order) == (mode, order))
     with _panels(len(found), 1.5) as (figure, panels):
         for axes, (name, matrix) in zip(panels, found.items(), strict=True):
-            shown = axes.imshow(np.ma.masked_invalid(matrix), cmap="cividis", vmin=0, vmax=100, aspect="auto")
-            for (i, j), value in np.ndenumerate(matrix):
-                if np.isfinite(value) and len(matrix) <= 6:
-                    red, green, blue, _ = colormaps["cividis"](value / 100)
-                    ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "white"
-                    axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=6)
+            shown = draw_matrix(axes, matrix, fontsize=6, written=6)
             axes.set_title(short(name, 20), fontsize=8)
-            numbers = range(0, len(matrix), max(1, len(matrix) // 6))
-            axes.set_xticks(numbers, [str(i + 1) for i in numbers], fontsize=7)
-            axes.set_yticks(numbers, [str(i + 1) for i in numbers], fontsize=7)
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
-        bar = figure.colorbar(shown, ax=list(panels), label="score (%)", fraction=0.03, pad=0.02)
-        bar.outline.set_visible(False)
+            number_tasks(axes, len(matrix), most=6, fontsize=7)
+        score_bar(figure, shown, list(panels))
         listed = ", ".join(f"{i} {short(task, 14)}" for i, task in enumerate(tasks, start=1))
         title = f"Score on each task (down) after each task (across), inference {mode}, order {order}"
         figure.suptitle(f"{title}\n{listed}", fontsize=9, x=0.01, ha="left", color=INK)

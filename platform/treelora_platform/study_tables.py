@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from treelora_platform.sheets import Cells, Sheet, show_ends, show_interval
+from treelora_platform.sheets import Cells, Sheet, in_blocks, show_ends, show_interval
 from treelora_platform.statistics import smallest_p
 from treelora_platform.study import Study
 from treelora_platform.study_analysis import Ablated, Difference, Reach, Standing
@@ -19,23 +19,20 @@ BRACKETS = "mean over (order, seed), 95 % bootstrap interval in brackets"
 
 def standings_sheet(study: Study, found: Sequence[Standing]) -> Sheet:
     """The main table, a group a way of inference."""
-    cells: list[Cells] = []
-    for i, one in enumerate(found):
-        if i and found[i - 1].mode != one.mode:
-            cells.append(())
+
+    def cells(one: Standing) -> Cells:
         name = f"{one.variant} *" if one.own else one.variant
         scores = [show_interval(value) for value in (one.op, one.bwt, one.fwt)]
         costs = [show_interval(one.seconds, 0), show_interval(one.passes_per_step, 2, ends=False)]
-        cells.append(
-            (name, one.mode, one.given, str(one.runs), *scores, *costs, f"{one.tokens:,.0f}",
-             format_bytes(one.stored_bytes))
-        )  # fmt: skip
+        stored = format_bytes(one.stored_bytes)
+        return (name, one.mode, one.given, str(one.runs), *scores, *costs, f"{one.tokens:,.0f}", stored)
+
     return Sheet(
         "standings",
         f"{study.name}: all variants at equal steps",
         ("variant", "inference", "given", "runs", "OP (%)", "BWT (points)", "FWT (points)", "training (s)",
          "passes/step", "tokens", "stored"),
-        tuple(cells),
+        in_blocks(found, lambda one: one.mode, cells),
         found,
         (
             BRACKETS,
@@ -51,16 +48,15 @@ def standings_sheet(study: Study, found: Sequence[Standing]) -> Sheet:
 
 def differences_sheet(study: Study, found: Sequence[Difference]) -> Sheet:
     """Every variant against the reference."""
-    cells: list[Cells] = []
-    for i, one in enumerate(found):
-        if i and (found[i - 1].mode, found[i - 1].metric) != (one.mode, one.metric):
-            cells.append(())
+
+    def cells(one: Difference) -> Cells:
         pair = one.found
         needed = NOT_MEASURED if pair.pairs_needed is None else f"{pair.pairs_needed:,}"
-        cells.append(
-            (one.variant, one.mode, one.metric.upper(), str(pair.pairs), show_interval(pair.bootstrap, sign=True),
-             show_ends(pair.t), f"{pair.p:.3g}", f"{pair.smallest_p:.3g}", f"{one.corrected_p:.3g}", needed)
+        return (
+            one.variant, one.mode, one.metric.upper(), str(pair.pairs), show_interval(pair.bootstrap, sign=True),
+            show_ends(pair.t), f"{pair.p:.3g}", f"{pair.smallest_p:.3g}", f"{one.corrected_p:.3g}", needed,
         )  # fmt: skip
+
     notes = [
         f"variant less {study.reference}, paired by (order, seed), in the same way of inference",
         "p: exact sign-flip test, two-sided; Holm: corrected over all variants of a group",
@@ -78,7 +74,7 @@ def differences_sheet(study: Study, found: Sequence[Difference]) -> Sheet:
         f"{study.name}: differences from {study.reference}",
         ("variant", "inference", "score", "pairs", "difference", "95 % t interval", "p", "least p", "p (Holm)",
          "pairs needed"),
-        tuple(cells),
+        in_blocks(found, lambda one: (one.mode, one.metric), cells),
         found,
         tuple(notes),
         texts=3,
@@ -106,22 +102,21 @@ def ablation_sheet(study: Study, found: Sequence[Ablated]) -> Sheet:
 
 def quality_sheet(study: Study, found: Sequence[Reach]) -> Sheet:
     """Cost until the best replay-free peer's final OP is reached."""
-    cells: list[Cells] = []
-    for i, one in enumerate(found):
-        if i and (found[i - 1].mode, found[i - 1].kind) != (one.mode, one.kind):
-            cells.append(())
+
+    def cells(one: Reach) -> Cells:
         cost = "not reached" if one.cost is None else f"{'≤ ' if one.at_most else ''}{one.cost:,.0f}"
-        cells.append(
-            (one.variant, one.mode, one.kind, one.peer, f"{one.target:.1f}", cost, f"{one.peer_cost:,.0f}",
-             NOT_MEASURED if one.ratio is None or one.cost is None else show_interval(one.ratio, 2),
-             f"{100 * one.reached:.0f} %", str(one.pairs))
+        return (
+            one.variant, one.mode, one.kind, one.peer, f"{one.target:.1f}", cost, f"{one.peer_cost:,.0f}",
+            NOT_MEASURED if one.ratio is None or one.cost is None else show_interval(one.ratio, 2),
+            f"{100 * one.reached:.0f} %", str(one.pairs),
         )  # fmt: skip
+
     return Sheet(
         "quality",
         f"{study.name}: cost at equal quality",
         ("variant", "inference", "cost in", "best replay-free peer", "its OP (%)", "cost to reach it",
          "the peer's own", "times cheaper", "reached in", "pairs"),
-        tuple(cells),
+        in_blocks(found, lambda one: (one.mode, one.kind), cells),
         found,
         (
             f"steps a task: {', '.join(map(str, study.steps)) or 'one number only'}; each number is a run of its own, "

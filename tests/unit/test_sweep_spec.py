@@ -71,8 +71,9 @@ def test_refused(changes: dict[str, Any], said: str) -> None:
     ],
 )
 def test_a_space_that_cannot_be_run_is_refused(changes: dict[str, Any], said: str) -> None:
+    asked = spec(**changes)
     with pytest.raises(ConfigError, match=said):
-        check_space(spec(**changes))
+        check_space(asked, template(asked))
 
 
 def test_a_stream_too_short_for_halving() -> None:
@@ -88,7 +89,8 @@ def test_every_example_is_valid() -> None:
     files = sorted(folder.glob("*.yaml"))
     assert files
     for path in files:
-        assert check_space(load_sweep(path)).name
+        asked = load_sweep(path)
+        assert check_space(asked, template(asked)).name
 
 
 def test_a_file_with_overrides(tmp_path: Path) -> None:

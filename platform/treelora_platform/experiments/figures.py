@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treelora.simulation.statistics import Interval
-from treelora_platform.canvas import COLOURS, INK, LINES, WIDTH, legend_below, new_figure, short
+from treelora_platform.canvas import (
+    COLOURS,
+    INK,
+    LINES,
+    WIDTH,
+    draw_matrix,
+    legend_below,
+    new_figure,
+    number_tasks,
+    score_bar,
+    short,
+)
 from treelora_platform.page import PAPER
 from treelora_platform.statistics import mean_interval
 
@@ -178,18 +189,12 @@ def matrices_figure(matrices: Mapping[str, np.ndarray]) -> Figure:
         for unused in grid[len(matrices) :]:
             unused.remove()
         for axes, (group, matrix) in zip(grid, matrices.items(), strict=False):
-            shown = axes.imshow(np.ma.masked_invalid(matrix), cmap="cividis", vmin=0, vmax=100, aspect="auto")
-            _write_cells(axes, matrix)
+            shown = draw_matrix(axes, matrix, fontsize=7.5, written=8)
             axes.set_title(short(group, 24), fontsize=9)
-            ticks = range(0, len(matrix), max(1, -(-len(matrix) // 8)))
-            axes.set_xticks(ticks, [str(i + 1) for i in ticks])
-            axes.set_yticks(ticks, [str(i + 1) for i in ticks])
-            axes.tick_params(length=0, labelsize=8)
-            axes.spines[:].set_visible(False)
+            number_tasks(axes, len(matrix), most=8, fontsize=8)
         figure.supxlabel("after learning task", fontsize=8.5)
         figure.supylabel("score on task", fontsize=8.5)
-        bar = figure.colorbar(shown, ax=grid[: len(matrices)], label="score (%)", fraction=0.03, pad=0.02)
-        bar.outline.set_visible(False)
+        score_bar(figure, shown, grid[: len(matrices)])
         return figure
 
 
@@ -241,13 +246,3 @@ def _legend_height(entries: int) -> float:
 def _ends(axes: Axes, mean: Interval, place: int, colour: str) -> None:
     if math.isfinite(mean.low):
         axes.plot([mean.low, mean.high], [place, place], color=colour, linewidth=1.6, solid_capstyle="butt")
-
-
-def _write_cells(axes: Axes, matrix: np.ndarray) -> None:
-    from matplotlib import colormaps
-
-    for (i, j), value in np.ndenumerate(matrix):
-        if np.isfinite(value) and len(matrix) <= 8:
-            red, green, blue, _ = colormaps["cividis"](value / 100)
-            ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "white"
-            axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=7.5)

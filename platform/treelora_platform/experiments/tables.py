@@ -15,7 +15,7 @@ from treelora_platform.experiments.analysis import (
     Standing,
     fields_of,
 )
-from treelora_platform.sheets import Cells, Sheet, show_ends, show_interval
+from treelora_platform.sheets import Cells, Sheet, in_blocks, show_ends, show_interval
 from treelora_platform.statistics import smallest_p
 from treelora_platform.summary import NOT_MEASURED, format_bytes, format_number
 
@@ -38,11 +38,7 @@ def standings_sheet(comparison: ExperimentComparison) -> Sheet:
     """The main table, a block a way of inference."""
     found = comparison.standings
     scores = [score for score in ("op", "bwt", "fwt") if any(getattr(one, score) for one in found)]
-    cells: list[Cells] = []
-    for i, one in enumerate(found):
-        if i and found[i - 1].mode != one.mode:
-            cells.append(())
-        cells.append(_standing_cells(one, scores))
+    cells = in_blocks(found, lambda one: one.mode, lambda one: _standing_cells(one, scores))
     notes = [
         "mean over runs, 95 % bootstrap interval in brackets, which is too narrow for a handful of runs: the files "
         "have Student's interval too",
@@ -55,7 +51,7 @@ def standings_sheet(comparison: ExperimentComparison) -> Sheet:
         f"{comparison.experiment}: means by {', '.join(comparison.by)}",
         ("group", "inference", "runs", *(HEADINGS[score] for score in scores), HEADINGS["seconds"], "tokens/s",
          "stored"),
-        tuple(cells),
+        cells,
         found,
         tuple(notes),
         texts=2,
@@ -77,17 +73,13 @@ def _standing_cells(one: Standing, scores: Sequence[str]) -> Cells:
 def differences_sheet(comparison: ExperimentComparison) -> Sheet:
     """Every group against the reference, a block a way of inference and score."""
     found = comparison.differences
-    cells: list[Cells] = []
-    for i, one in enumerate(found):
-        if i and (found[i - 1].mode, found[i - 1].metric) != (one.mode, one.metric):
-            cells.append(())
-        cells.append(_difference_cells(one))
+    cells = in_blocks(found, lambda one: (one.mode, one.metric), _difference_cells)
     return Sheet(
         "differences",
         f"{comparison.experiment}: differences from {comparison.reference}",
         ("group", "inference", "score", "pairs", "difference", "95 % t interval", "p", "least p", "p (Holm)",
          "pairs needed"),
-        tuple(cells),
+        cells,
         found,
         (
             f"group less {comparison.reference} over pairs of runs, 95 % bootstrap interval in brackets",
@@ -134,16 +126,16 @@ def common_sheet(comparison: ExperimentComparison) -> Sheet:
     """Runs on different tasks: last scores on the tasks that all have."""
     found = comparison.common
     tasks = ", ".join(comparison.common_tasks)
-    cells: list[Cells] = []
-    for i, one in enumerate(found):
-        if i and found[i - 1].mode != one.mode:
-            cells.append(())
-        cells.append((one.group, one.mode, str(one.tasks), str(one.runs), show_mean(one.score)))
+    cells = in_blocks(
+        found,
+        lambda one: one.mode,
+        lambda one: (one.group, one.mode, str(one.tasks), str(one.runs), show_mean(one.score)),
+    )
     return Sheet(
         "common_tasks",
         f"{comparison.experiment}: last scores on {tasks}",
         ("group", "inference", "tasks learnt", "runs", "mean score (%)"),
-        tuple(cells),
+        cells,
         found,
         ("all runs, also those that learnt other tasks beside these: more tasks, or another place in the order, make "
          "the same task harder to keep, so compare rows with as many tasks only",),

@@ -50,14 +50,11 @@ class Child:
             if time.monotonic() > end:
                 raise RuntimeError(last_words(self.log))
             time.sleep(POLL_S)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self.process: psutil.Process | None = None
-            self.process = psutil.Process(int(self.pid_file.read_text()))
+        self.process = _process(int(self.pid_file.read_text()))
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs; 1 where it was killed."""
-        running = self.process is not None and self.process.is_running()
-        if running and self.process and self.process.status() != psutil.STATUS_ZOMBIE:
+        if self.process and self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE:
             return None
         return int(self.exit_file.read_text()) if self.exit_file.exists() else 1
 
@@ -70,6 +67,13 @@ class Child:
                     self.process.send_signal(number)
             while self.poll() is None and time.monotonic() < end:
                 time.sleep(POLL_S)
+
+
+def _process(pid: int) -> psutil.Process | None:
+    try:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None  # it has ended already
 
 
 def last_words(log: Path) -> str:

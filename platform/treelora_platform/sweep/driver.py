@@ -27,23 +27,31 @@ from treelora_platform.sweep.replay import SPEC_JSON
 from treelora_platform.sweep.search import scheduler_of, trials_of
 from treelora_platform.sweep.space import check_rungs, check_space
 from treelora_platform.sweep.spec import SweepSpec, template, trial_config
-from treelora_platform.tracking import FinishReport, adopt_runs, finish_run, resolve_tracking_uri, start_run
+from treelora_platform.tracking import adopt_runs, finish_run, resolve_tracking_uri, start_run
 from treelora_platform.tracking_state import Status
 
 SETTLE_S = 60.0
 
 
 @dataclass(frozen=True)
-class SweepOutcome:
-    """How a sweep ended."""
+class _Plan:
+    """A sweep that was found fit to run."""
 
+    spec: SweepSpec
+    base: ExperimentConfig
+    """The configuration of a first trial: what the machine and MLflow are asked for."""
+    shared: dict[str, Any]
+    """What all trials share, as plain values."""
     folder: Path
-    entries: list[Entry]
-    mlflow_run_id: str | None
-    tracking: FinishReport
+    tasks: int
+    """Length of the longest stream."""
+
+    @property
+    def journal(self) -> Journal:
+        return Journal(self.folder / "trials.jsonl")
 
 
-def run_sweep(spec: SweepSpec, console: Console, *, fresh: bool = False, resume: bool = False) -> SweepOutcome:
+def run_sweep(spec: SweepSpec, console: Console, *, fresh: bool = False, resume: bool = False) -> Path:
     """Run a sweep, or go on with it where it stopped; the same command does both.
 
     Args:
@@ -52,11 +60,15 @@ def run_sweep(spec: SweepSpec, console: Console, *, fresh: bool = False, resume:
         fresh: Delete what an earlier sweep of this name has left, and begin anew.
         resume: Refuse to begin anew: there must be something to go on with.
 
+    Returns:
+        The sweep's folder.
+
     Raises:
         TreeLoRAError: with what the user can do about it.
         KeyboardInterrupt: it was interrupted; the same command goes on.
     """
-    base = check_space(spec)
+    shared = template(spec)
+    base = check_space(spec, shared)
     check_storage(base)
     check_resources(base)
     folder = Path(base.output_dir).expanduser().resolve() / slugify(spec.name)
@@ -66,17 +78,18 @@ def run_sweep(spec: SweepSpec, console: Console, *, fresh: bool = False, resume:
         _claim(folder, spec, fresh)
         with console.status("preparing the tasks"):
             at = {"output_dir": str(folder / "runs")}
-            lengths = [len(prepare_stream(one.model_copy(update=at)).stream) for one in _streams(spec, base)]
+            lengths = [len(prepare_stream(one.model_copy(update=at)).stream) for one in _streams(spec, base, shared)]
         for tasks in lengths:
             check_rungs(spec, tasks)
-        return _execute(spec, base, max(lengths), folder, console)
+        _execute(_Plan(spec, base, shared, folder, max(lengths)), console)
+    return folder
 
 
-def _execute(spec: SweepSpec, base: ExperimentConfig, tasks: int, folder: Path, console: Console) -> SweepOutcome:
+def _execute(plan: _Plan, console: Console) -> None:
     from treelora_platform.cluster import connect
     from treelora_platform.sweep.outcome import show_sweep, write_sweep
 
-    journal = Journal(folder / "trials.jsonl")
+    spec, base, folder, journal = plan.spec, plan.base, plan.folder, plan.journal
     known = journal.latest()
     uri = resolve_tracking_uri(base.tracking.uri, folder.parent)
     # an address with a password comes from the environment, which trials have too, and mustn't be written down
@@ -98,7 +111,7 @@ def _execute(spec: SweepSpec, base: ExperimentConfig, tasks: int, folder: Path, 
         connect(base)
         at_once = room_for(base, spec)
         console.print(f"sweep {spec.name}: {spec.count()} trials, {at_once} at once, in {folder}", highlight=False)
-        _tune(spec, tasks, folder, console, {"tracking_uri": for_trials, "parent_run_id": parent}, at_once)
+        _tune(plan, console, {"tracking_uri": for_trials, "parent_run_id": parent}, at_once)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -115,30 +128,32 @@ def _execute(spec: SweepSpec, base: ExperimentConfig, tasks: int, folder: Path, 
     if entries and all(entry.status == "failed" for entry in entries):
         raise RunFailedError(f"all {len(entries)} trials failed; the first one: {entries[0].message}")
     _register(spec, entries, folder, console)
-    return SweepOutcome(folder, entries, report.run_id, report)
 
 
-def _tune(spec: SweepSpec, tasks: int, folder: Path, console: Console, tracking: dict[str, Any], at_once: int) -> None:
+def _tune(plan: _Plan, console: Console, tracking: dict[str, Any], at_once: int) -> None:
     from ray import tune
 
     from treelora_platform.sweep.progress import SweepProgress
     from treelora_platform.sweep.trainable import RESOURCES, Trial
 
-    journal = Journal(folder / "trials.jsonl")
+    spec, folder, journal = plan.spec, plan.folder, plan.journal
     config = {
         "spec": spec.model_dump(mode="json"),
-        "base": template(spec),
+        "base": plan.shared,
         "output_dir": str(folder / "runs"),
         "sweep_dir": str(folder),
         **tracking,
     }
     search, values, samples = trials_of(spec, list(journal.latest().values()))
-    progress = SweepProgress(spec, tasks, console, journal)
+    progress = SweepProgress(spec, plan.tasks, console, journal)
     tuner = tune.Tuner(
         tune.with_resources(Trial, RESOURCES),
         param_space=config | {"values": values},
         tune_config=tune.TuneConfig(
-            search_alg=search, scheduler=scheduler_of(spec, tasks), num_samples=samples, max_concurrent_trials=at_once
+            search_alg=search,
+            scheduler=scheduler_of(spec, plan.tasks),
+            num_samples=samples,
+            max_concurrent_trials=at_once,
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -200,11 +215,10 @@ def room_for(base: ExperimentConfig, spec: SweepSpec) -> int:
     return max(1, min(int(min(rooms.values())), spec.concurrency or spec.count(), spec.count()))
 
 
-def _streams(spec: SweepSpec, base: ExperimentConfig) -> list[ExperimentConfig]:
+def _streams(spec: SweepSpec, base: ExperimentConfig, shared: dict[str, Any]) -> list[ExperimentConfig]:
     """A configuration for each stream that the space can lead to, as far as one key at a time tells."""
     lists = {key: values for key, values in spec.lists.items() if key.startswith("stream.")}
     first = {key: values[0] if isinstance(values, list) else values.low for key, values in spec.space.items()}
-    shared = template(spec)
     varied = [trial_config(shared, {**first, key: value}) for key, values in lists.items() for value in values]
     return [base, *varied]
 

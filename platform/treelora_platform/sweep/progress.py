@@ -31,6 +31,7 @@ class SweepProgress(Callback):
     def __init__(self, spec: SweepSpec, tasks: int, console: Console, journal: Journal):
         self.spec, self.tasks, self.console, self.journal = spec, tasks, console, journal
         self.total, self.done = spec.count(), 0
+        self.known = {run for run, entry in journal.latest().items() if entry.status in ("done", "stopped")}
         self.began: dict[str, float] = {}
         self.told: dict[str, int] = {}
         self.spent: list[float] = []
@@ -41,12 +42,10 @@ class SweepProgress(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See `ray.tune.Callback`."""
-        values = decode(self.spec, trial.config["values"])
-        name = trial_config(trial.config["base"], values).name
-        known = self.journal.latest().get(name)
-        if not known or known.status not in ("done", "stopped"):
+        run, values = self._identify(trial)
+        if run not in self.known:
             self.began.setdefault(trial.trial_id, time.monotonic())
-            self.journal.add(Entry(name, values, "begun"))
+            self.journal.add(Entry(run, values, "begun"))
             self._say(trial, "[dim]begins[/]")
 
     def on_trial_result(
@@ -74,17 +73,23 @@ class SweepProgress(Callback):
         self.done += 1
         if status != "failed" and trial.trial_id not in self.began:
             return
-        values, result = decode(self.spec, trial.config["values"]), trial.last_result or {}
+        (run, values), result = self._identify(trial), trial.last_result or {}
         scores = {name: _measured(result.get(name)) for name in BETTER}
-        name = trial_config(trial.config["base"], values).name
-        run_id = result.get("mlflow_run_id", "")
-        self.journal.add(Entry(name, values, status, result.get("tasks", 0), scores, run_id, message))
+        self.journal.add(
+            Entry(run, values, status, result.get("tasks", 0), scores, result.get("mlflow_run_id", ""), message)
+        )
+        if status != "failed":
+            self.known.add(run)
         self.spent.append(time.monotonic() - self.began.pop(trial.trial_id, time.monotonic()))
         left = ""
         if self.spent and self.done < self.total:
             rest = sum(self.spent) / len(self.spent) * (self.total - self.done) / (len(self.began) + 1)
             left = f"; about {format_seconds(rest)} left"
         self._say(trial, f"{SAID[status]}{escape(message)}  [dim]{self.done} of {self.total} trials{left}[/]")
+
+    def _identify(self, trial: Any) -> tuple[str, dict[str, Any]]:
+        values = decode(self.spec, trial.config["values"])
+        return trial_config(trial.config["base"], values).name, values
 
     def _say(self, trial: Any, what: str) -> None:
         self.console.print(f"  {escape(describe(self.spec, trial.config))}: {what}", highlight=False)

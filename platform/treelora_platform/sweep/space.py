@@ -11,21 +11,24 @@ from typing import Any
 
 from treelora.errors import ConfigError
 from treelora_platform.config import ExperimentConfig
-from treelora_platform.sweep.spec import Range, SweepSpec, template, trial_config
+from treelora_platform.sweep.spec import Range, SweepSpec, trial_config
 
 PROBES = 64
 
 
-def check_space(spec: SweepSpec) -> ExperimentConfig:
+def check_space(spec: SweepSpec, shared: dict[str, Any]) -> ExperimentConfig:
     """See that every value in the space makes a valid configuration; returns the first one.
 
     Each value is tried alone; then all combinations of a grid, or some drawn at random.
+
+    Args:
+        spec: The sweep.
+        shared: What its trials share: `template(spec)`.
 
     Raises:
         ConfigError: names the key, the value and what would be right.
     """
     first = {key: _ends(values)[0] for key, values in spec.space.items()}
-    shared = template(spec)
     base = trial_config(shared, {})
     known = set(base.flat()) | {key for flat in base.flat() for key in _parents(flat)}
     if unknown := [key for key in spec.space if key not in known]:

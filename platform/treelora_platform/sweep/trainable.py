@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 from ray.tune import Trainable
 
 from treelora_platform.prepare import run_folder
-from treelora_platform.run_tables import read_run_json, read_scores, read_tasks
 from treelora_platform.study_run import is_complete
-from treelora_platform.summary import summarise_mode
 from treelora_platform.sweep.child import Child, last_words
 from treelora_platform.sweep.journal import Journal
+from treelora_platform.sweep.scoreboard import Scoreboard
 from treelora_platform.sweep.space import decode
 from treelora_platform.sweep.spec import parse_sweep, trial_config
 
@@ -38,12 +35,12 @@ class Trial(Trainable):
         spec = parse_sweep(config["spec"])
         self.values = decode(spec, config["values"])
         self.config_of_run = trial_config(config["base"], self.values, config["output_dir"])
-        self.run_dir = run_folder(self.config_of_run)
         self.reported = 0
         settings = self.config_of_run.model_dump(mode="json")
         settings["tracking"] |= {"uri": config["tracking_uri"]}
         settings["tracking"]["tags"] |= {"treelora.sweep": spec.name, "treelora.trial": self.config_of_run.name}
-        self.mode = spec.mode or self.config_of_run.treelora.inference
+        mode = spec.mode or self.config_of_run.treelora.inference
+        self.board = Scoreboard(run_folder(self.config_of_run), mode)
         sweep_dir = Path(config["sweep_dir"])
         known = Journal(sweep_dir / "trials.jsonl").latest().get(self.config_of_run.name)
         self.stopped_at = known.tasks if known and known.status == "stopped" else None
@@ -64,7 +61,7 @@ class Trial(Trainable):
             code = self.child.poll() if self.child else 0
             judged = self._judged()
             # the last task is told of when the run is closed, so that what counts as done is done
-            if self.reported < judged - (code is None and judged == self._length()):
+            if self.reported < judged - (code is None and judged == self.board.length()):
                 self.reported += 1
                 return self._result(done=code == 0 and self.reported == judged)
             if code == 0:
@@ -90,33 +87,8 @@ class Trial(Trainable):
         self.reported = (checkpoint or {}).get("reported", 0)
 
     def _judged(self) -> int:
-        count = read_tasks(self.run_dir).num_rows if self.run_dir.exists() else 0
+        count = self.board.judged()
         return count if self.stopped_at is None else min(count, self.stopped_at)
 
-    def _length(self) -> int:
-        return len(read_run_json(self.run_dir).get("tasks", ()))
-
     def _result(self, done: bool) -> dict[str, Any]:
-        count = self.reported
-        tasks = read_tasks(self.run_dir).slice(0, count).to_pylist()
-        scores = read_scores(self.run_dir)
-        known = scores.filter(pa.array([0 <= after < count for after in scores["after_index"].to_pylist()], pa.bool_()))
-        found = summarise_mode(known, self.mode) if known.num_rows else None
-        seconds = sum(row["train_seconds"] or 0.0 for row in tasks)
-        tokens = sum(row["tokens"] or 0 for row in tasks)
-        last = tasks[-1] if tasks else {}
-        return {
-            "tasks": count,
-            "op": _number(found.op if found else None),
-            "bwt": _number(found.bwt if found else None),
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds if seconds else 0.0,
-            "stored_bytes": sum(last.get(part) or 0 for part in ("adapter_bytes", "state_bytes", "memory_bytes")),
-            "run": self.config_of_run.name,
-            "mlflow_run_id": read_run_json(self.run_dir).get("mlflow_run_id") or "",
-            "done": done,
-        }
-
-
-def _number(score: float | None) -> float:
-    return math.nan if score is None else score
+        return {**self.board.after(self.reported), "run": self.config_of_run.name, "done": done}
