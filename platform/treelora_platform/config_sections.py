@@ -187,9 +187,20 @@ class ClusterSettings(Options):
 
     workers: int = Field(1, ge=1, description="Ray Train workers.")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs that Ray reserves for a worker.")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs that Ray reserves for a worker.")
+    gpus_per_worker: float = Field(
+        0, ge=0, le=1, description="GPUs that Ray reserves for a worker; less than 1 lets several runs share a GPU."
+    )
     threads_per_worker: int | None = Field(None, ge=1, description="Torch threads; null: cpus_per_worker.")
     max_failures: int = Field(2, ge=0, description="Restarts of the worker group after a worker died.")
+
+    @model_validator(mode="after")
+    def _ranks_have_own_gpus(self) -> ClusterSettings:
+        if 0 < self.gpus_per_worker < 1 < self.workers:
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g} would put several of the {self.workers} workers on one GPU, "
+                "which NCCL refuses; set workers to 1, or gpus_per_worker to 1"
+            )
+        return self
 
 
 class TrackingSettings(Options):

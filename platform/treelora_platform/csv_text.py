@@ -13,7 +13,10 @@ _NUMBER = re.compile(r"[+-]?[\d.,]+(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table, its lines ended as RFC 4180 says; None is empty. A text that a spreadsheet would run as a formula gets an apostrophe."""
+    """A table, its lines ended as RFC 4180 says; None is empty.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe.
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow([_harmless(column) for column in columns])
