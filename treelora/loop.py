@@ -43,6 +43,12 @@ class Hooks(Protocol):
     def commit(self, position: Position, loop: StreamLoop) -> None:
         """A state that can be gone on from: make it safe. Collective."""
 
+    def leaving(self) -> bool:
+        """Whether this rank's machine is about to be taken away; asked at every step, so it must not wait."""
+
+    def leave(self) -> None:
+        """Some rank's machine is, and all is committed: end this attempt by raising."""
+
 
 @dataclass
 class StreamLoop:
@@ -57,6 +63,7 @@ class StreamLoop:
     bank: list[AdapterState] = field(default_factory=list)
     """Adapters of the units trained so far."""
     position: Position = field(default_factory=Position)
+    _leaving: bool = False
 
     def run(self) -> None:
         """Go on from `position` to the end of the stream. Collective.
@@ -70,6 +77,7 @@ class StreamLoop:
                 if self.method.trains:
                     self._train(unit)
                 self._commit(replace(self.position, step=unit.plan.steps, trained=True))
+                self._leave_if_asked()
             self._judge(unit)
             self._commit(Position(unit=self.position.unit + 1, global_step=self.position.global_step))
 
@@ -109,8 +117,9 @@ class StreamLoop:
             self.position = Position(index, step, False, self.position.global_step + 1, seconds, passes.count)
             self.hooks.stepped(record, unit.plan.steps)
             every = self.options.commit_every
-            if every and step % every == 0 and step < unit.plan.steps:
+            if step < unit.plan.steps and (self._leaving or (every and step % every == 0)):
                 self._commit(self.position)
+                self._leave_if_asked()
         method.end_task(engine)
         self.bank.append(read_adapter(engine))
         method.merge_bank(self.bank)
@@ -123,13 +132,15 @@ class StreamLoop:
         lr = learning_rate(step, task.steps, options.learning_rate, options.warmup, options.min_lr)
         method.before_step(step)
         batches, normaliser = task.micro_batches(step - 1), task.normaliser(step - 1)
-        total = torch.zeros((), device=engine.device)
+        # the second number rides along, so that all ranks learn at the same step that one of them must go
+        total = torch.tensor([0.0, float(self.hooks.leaving())], device=engine.device)
         for number, batch in enumerate(batches):
             loss, last = method.loss(engine, batch, normaliser), number == len(batches) - 1
-            total += loss.detach()
+            total[0] += loss.detach()
             penalty = method.penalty_loss(engine) if last else None
             engine.backward(loss if penalty is None else loss + penalty, last=last)
-        value = float(engine.all_reduce(total, mean=True))
+        value, leaving = engine.all_reduce(total, mean=True).tolist()
+        self._leaving = leaving > 0
         norm: float = math.nan
         if math.isfinite(value):
             method.after_backward(engine)
@@ -219,6 +230,10 @@ class StreamLoop:
     def _commit(self, position: Position) -> None:
         self.position = position
         self.hooks.commit(position, self)
+
+    def _leave_if_asked(self) -> None:
+        if self._leaving:
+            self.hooks.leave()
 
     def _seed(self, unit: int, step: int) -> None:
         torch.manual_seed(hash((self.options.seed, unit, step, self.engine.rank)) % 2**63)

@@ -1,19 +1,13 @@
-"""Ray as the driver uses it: connect, keep the tree actor, fit the workers."""
+"""Ray as the driver uses it: connect, and keep the tree actor."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-from treelora.errors import LostError, TreeLoRAError
-from treelora_platform.checkpoint import newest_name
+from treelora.errors import TreeLoRAError
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.guardian import start_guardian
 
@@ -89,92 +83,3 @@ def tree_actor(name: str, wanted: bool) -> Iterator[None]:
         yield
     finally:
         ray.kill(actor)
-
-
-def fit(config: ExperimentConfig, job: dict[str, Any], run_dir: Path, attempt: int) -> str | None:
-    """Run the workers to the end of the stream.
-
-    Returns:
-        None, or why they failed.
-    """
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    from treelora_platform.worker import run_worker
-
-    cluster = config.cluster
-    resources = {"CPU": cluster.cpus_per_worker}
-    if cluster.gpus_per_worker:
-        resources["GPU"] = cluster.gpus_per_worker
-    failure = stands = ""
-    for failures in range(cluster.max_failures + 1):
-        trainer = TorchTrainer(
-            run_worker,
-            train_loop_config=job,
-            torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
-            ),
-            run_config=ray.train.RunConfig(
-                # a name of its own for each attempt: Ray would silently take an old one for a run to resume
-                name=f"attempt-{attempt}.{failures}-{int(time.time())}",
-                storage_path=str(run_dir / "ray"),
-                # Ray would retry every exception, a mistake in the data too; we begin again only where it may help
-                failure_config=ray.train.FailureConfig(max_failures=0),
-            ),
-        )
-        with _interruptible():
-            try:
-                trainer.fit()
-            except TrainingFailedError as error:
-                before, failure = failure, explain(error)
-                stood, stands = stands, newest_name(run_dir)
-                if ours(error) or (failures and (before, stood) == (failure, stands)):
-                    break  # it would come again
-            else:
-                return None
-    return failure
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the workers in order and arrive as KeyboardInterrupt.
-
-    Ray Train takes SIGINT over, aborts the workers and then exits the process with 0, as if all were well.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def causes(error: BaseException) -> dict[int, BaseException]:
-    """What each failed worker raised, by rank."""
-    failures = getattr(error, "worker_failures", None) or {}
-    return {rank: getattr(cause, "cause", None) or cause for rank, cause in sorted(failures.items())}
-
-
-def ours(error: BaseException) -> TreeLoRAError | None:
-    """Our own error behind a failure, if it is one that would come again after a restart."""
-    mistakes = (c for c in causes(error).values() if isinstance(c, TreeLoRAError) and not isinstance(c, LostError))
-    return next(mistakes, None)
-
-
-def explain(error: BaseException) -> str:
-    """The innermost cause of a failure on the workers, in a line or two; our own errors speak for themselves."""
-    if own := ours(error):
-        return str(own)
-    for rank, cause in causes(error).items():
-        text = str(cause).strip()
-        last = text.splitlines()[-1] if text else type(cause).__name__
-        return f"worker {rank} failed: {last}" + (f"\n{text}" if "\n" in text else "")
-    return f"training failed: {error}"

@@ -37,6 +37,8 @@ MethodName = Literal[
 ]  # fmt: skip
 # Whether a method's class says `accumulates`; said here as well, because this file must not import torch.
 ACCUMULATING = frozenset({"olora", "inflora", "sdlora"})
+FAULT_SETTINGS = frozenset({"max_failures", "min_workers", "wait_seconds", "stall_seconds"})
+"""Of section `cluster`: what is done when something goes wrong."""
 
 
 class ExperimentConfig(Options):
@@ -113,9 +115,13 @@ class ExperimentConfig(Options):
         return dict(_flatten(self.as_dict()))
 
     def digest(self) -> str:
-        """SHA-256 of what determines the result; where it is kept and tracked, and other methods' settings, don't."""
+        """SHA-256 of what determines the result.
+
+        Where it is kept and tracked, what is done about faults, and other methods' settings don't.
+        """
         idle = {"output_dir", "tracking", "checkpoint", "name", *get_args(MethodName)} - {self.method}
         plain = {k: v for k, v in self.as_dict().items() if k not in idle}
+        plain["cluster"] = {k: v for k, v in plain["cluster"].items() if k not in FAULT_SETTINGS}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def as_yaml(self) -> str:

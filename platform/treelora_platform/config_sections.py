@@ -192,9 +192,20 @@ class ClusterSettings(Options):
     )
     threads_per_worker: int | None = Field(None, ge=1, description="Torch threads; null: cpus_per_worker.")
     max_failures: int = Field(2, ge=0, description="Restarts of the worker group after a worker died.")
+    min_workers: int | None = Field(
+        None, ge=1, description="Go on with so many where there is no room for `workers`; null: with all or not at all."
+    )
+    wait_seconds: float = Field(
+        60, ge=0, description="How long to wait for room for all workers, at the start and after each failure."
+    )
+    stall_seconds: float | None = Field(
+        900, ge=5, description="A worker without progress for so long is ended and its group restarted; null: never."
+    )
 
     @model_validator(mode="after")
-    def _ranks_have_own_gpus(self) -> ClusterSettings:
+    def _fits(self) -> ClusterSettings:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}; lower it")
         if 0 < self.gpus_per_worker < 1 < self.workers:
             raise ValueError(
                 f"gpus_per_worker {self.gpus_per_worker:g} would put several of the {self.workers} workers on one GPU, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,16 +19,27 @@ from treelora.loop_records import Position, StepRecord, TaskRecord
 from treelora.methods import TreeLoRA
 from treelora_platform.checkpoint import Commit, newest_commit, write_commit
 from treelora_platform.diagnostics import PenaltyWatch
+from treelora_platform.preemption import PreemptedError
 from treelora_platform.recorder import Recorder
 from treelora_platform.tracking import Uploader
+from treelora_platform.watchdog import Watchdog
 
 
 class PlatformHooks:
     """`treelora.loop.Hooks`; `recorder` and `uploader` exist on rank 0 only."""
 
-    def __init__(self, run_dir: Path, keep: int, recorder: Recorder | None, uploader: Uploader | None):
+    def __init__(
+        self,
+        run_dir: Path,
+        keep: int,
+        recorder: Recorder | None,
+        uploader: Uploader | None,
+        watchdog: Watchdog | None = None,
+        preempted: Callable[[], bool] = lambda: False,
+    ):
         self.run_dir, self.keep = run_dir, keep
         self.recorder, self.uploader = recorder, uploader
+        self.watchdog, self.preempted = watchdog or Watchdog(run_dir, 0, None), preempted
         self._memory_bytes: int | None = None
         self._penalty = PenaltyWatch()
         self.saved: set[str] = set()
@@ -36,11 +47,13 @@ class PlatformHooks:
 
     def stage(self, unit: int, name: str, what: str) -> None:
         """See `Hooks`."""
+        self.watchdog.feed(f"{name}: {what}")
         if self.recorder:
             self.recorder.event("stage", unit=unit, task=name, what=what)
 
     def stepped(self, record: StepRecord, steps: int) -> None:
         """See `Hooks`."""
+        self.watchdog.feed(f"{record.task}: step {record.step}")
         if self.recorder:
             self.recorder.event(
                 "step",
@@ -57,6 +70,7 @@ class PlatformHooks:
 
     def scored(self, scores: Sequence[Score], task: TaskRecord) -> None:
         """See `Hooks`."""
+        self.watchdog.feed(f"{task.task}: scores")
         if self.recorder:
             self.recorder.add_scores(scores, task, self._memory_bytes)
             self.recorder.event("scored", unit=task.task_index, task=task.task, scores=_mean_by_mode(scores))
@@ -83,6 +97,19 @@ class PlatformHooks:
             self.recorder.event("commit", unit=position.unit, step=position.step)
             self._notify()
         engine.broadcast(None)
+        self.watchdog.feed(f"the commit of step {position.global_step}")
+
+    def leaving(self) -> bool:
+        """See `Hooks`."""
+        return self.preempted()
+
+    def leave(self) -> None:
+        """See `Hooks`.
+
+        Raises:
+            PreemptedError: always.
+        """
+        raise PreemptedError("a machine of this group is about to be taken away")
 
     def _memory(self, method: TreeLoRA, position: Position, loop: StreamLoop) -> dict[str, Tensor]:
         assert method.memory

@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
+from rich.markup import escape
 
 from treelora.errors import ConfigError, TreeLoRAError
 from treelora.models.smollm2 import cached_smollm2
@@ -118,8 +119,9 @@ def _execute(
     parent_run_id: str | None,
     sweep: Mapping[str, Any],
 ) -> Outcome:
+    from treelora_platform.attempts import fit
     from treelora_platform.closing import close_run
-    from treelora_platform.cluster import connect, fit, tree_actor
+    from treelora_platform.cluster import connect, tree_actor
     from treelora_platform.progress import Watcher
     from treelora_platform.tracking import start_run
 
@@ -155,7 +157,7 @@ def _execute(
         with Watcher(run_dir / "events.jsonl", console, config.method):
             connect(config)
             with tree_actor(run_dir.name, config.method == "treelora"):
-                failure = fit(config, job, run_dir, record["attempts"])
+                failure = fit(config, job, run_dir, record["attempts"], _said(console))
         status = "FAILED" if failure else "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -249,6 +251,10 @@ def _write_record(run_dir: Path, record: dict[str, Any]) -> None:
     scratch = run_dir / f".{RUN_JSON}"
     scratch.write_text(json.dumps(record, indent=1), encoding="utf-8")
     os.replace(scratch, run_dir / RUN_JSON)
+
+
+def _said(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(f"  [yellow]{escape(text)}[/]", highlight=False)
 
 
 def _show_skipped(prepared: PreparedStream, console: Console) -> None:

@@ -16,9 +16,11 @@ from treelora_platform.assemble import assemble, device_for
 from treelora_platform.checkpoint import remove_scratch
 from treelora_platform.config import ExperimentConfig, parse_config
 from treelora_platform.hooks import PlatformHooks, take_up
+from treelora_platform.preemption import is_preempted
 from treelora_platform.recorder import Recorder
 from treelora_platform.tracking import Uploader
 from treelora_platform.tree_actor import TreeClient
+from treelora_platform.watchdog import Watchdog
 
 
 def run_worker(job: dict[str, Any]) -> None:
@@ -40,7 +42,8 @@ def run_worker(job: dict[str, Any]) -> None:
         recorder = Recorder(run_dir, tasks)
         recorder.event("stage", unit=0, task="", what="loading the model")
         uploader = Uploader(run_dir, job["tracking_uri"], job["mlflow_run_id"])
-    hooks = PlatformHooks(run_dir, config.checkpoint.keep, recorder, uploader)
+    watchdog = Watchdog(run_dir, context.get_world_rank(), config.cluster.stall_seconds)
+    hooks = PlatformHooks(run_dir, config.checkpoint.keep, recorder, uploader, watchdog, is_preempted)
     device = device_for(config)
 
     def make_engine(module: nn.Module, spec: OptimizerSpec) -> Engine:
@@ -55,7 +58,9 @@ def run_worker(job: dict[str, Any]) -> None:
 
     loop = assemble(config, tasks, Path(job["cache"]), hooks, make_engine, make_memory)
     hooks.saved = take_up(loop, run_dir, recorder)
+    watchdog.watch()  # from here on; to load and to tokenise may take any time
     loop.run()
+    watchdog.stop()
     if recorder and uploader:
         recorder.close()
         uploader.close(timeout_s=10.0)

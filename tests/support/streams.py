@@ -69,6 +69,12 @@ class Recorded:
     def commit(self, position: Position, loop: StreamLoop) -> None:
         self.positions.append(position)
 
+    def leaving(self) -> bool:
+        return False
+
+    def leave(self) -> None:
+        raise AssertionError("nobody asked to leave")
+
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "probe_b prox": {"treelora": {"signature": "probe_b", "penalty": "prox"}},

@@ -91,6 +91,7 @@ def test_all_faults_are_told_at_once() -> None:
         ),
         ({"engine": {"kind": "torch"}, "cluster": {"workers": 2}}, "set cluster.workers to 1, not 2"),
         ({"cluster": {"workers": 2, "gpus_per_worker": 0.5}}, "set workers to 1, or gpus_per_worker to 1"),
+        ({"cluster": {"workers": 2, "min_workers": 3}}, "min_workers 3 is more than workers 2; lower it"),
         ({"cluster": {"gpus_per_worker": 2}}, "less than or equal to 1"),
         (
             {"train": {"epochs_by_task": [1, 2]}, "stream": {"order": ["a"]}},
@@ -214,6 +215,7 @@ def test_digest_is_of_what_determines_the_result() -> None:
         {"tracking": {"experiment": "x"}},
         {"name": "n"},
         {"checkpoint": {"keep": 9}},
+        {"cluster": {"max_failures": 9, "min_workers": 1, "wait_seconds": 0, "stall_seconds": None}},
     ):
         assert parse_config(free).digest() == base.digest()
     binding = [{"seed": 1}, {"train": {"steps": 16, "learning_rate": 1e-9}}, {"method": "joint"}, {"lora": {"rank": 9}}]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from treelora.errors import ConfigError, DataError, LostError
-from treelora_platform.cluster import causes, explain, ours
+from treelora_platform.attempts import causes, explain, ours
 
 
 class FakeTrainingError(Exception):
@@ -36,3 +36,20 @@ def test_other_failures_name_rank_and_last_line() -> None:
     assert list(causes(error)) == [0]
     assert explain(error).splitlines()[0] == "worker 0 failed: last line"
     assert ours(error) is None
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), type("OutOfMemoryError", (Exception,), {})("x")],
+)
+def test_out_of_memory_says_what_to_reduce(cause: Exception) -> None:
+    said = explain(FakeTrainingError(cause))
+    assert said.startswith("worker 0 failed: ")
+    assert "raise train.accumulation or cluster.workers" in said
+
+
+def test_what_a_watchdog_said_comes_before_what_its_end_did_to_the_others() -> None:
+    error = FakeTrainingError(RuntimeError("connection closed by peer"))
+    assert (
+        explain(error, ["rank 1: no progress for 5 s after a: step 3"]) == "rank 1: no progress for 5 s after a: step 3"
+    )

@@ -31,6 +31,8 @@ from treelora.loop import StreamLoop
 from treelora.methods import TreeLoRA
 from treelora.schedule import learning_rate
 from treelora_platform.assemble import load_adapted_model
+from treelora_platform.checkpoint import read_commit
+from treelora_platform.preemption import PreemptedError
 from treelora_platform.run_tables import read_scores, read_steps, read_tasks
 
 GOLDEN_SEQUENTIAL = [
@@ -134,6 +136,27 @@ def test_a_stream_of_three_tasks(tmp_path: Path) -> None:
     memory = loop.method.memory  # type: ignore[attr-defined]
     assert memory.describe()["tasks"] == list(TASKS)
     assert not any(same_adapter(a, b) for a, b in pairwise(loop.bank))
+
+
+@pytest.mark.parametrize("notice", [1, 2, 4, 6])
+def test_a_notice_is_followed_by_a_commit_and_costs_nothing(notice: int, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    execute(config, whole)
+
+    loop, recorder = build_run(config, again)
+    asked: list[int] = []
+    hooks: Any = loop.hooks
+    hooks.preempted = lambda: asked.append(1) or len(asked) >= notice
+    with pytest.raises(PreemptedError):
+        loop.run()
+    recorder.close()
+    assert len(asked) == notice  # it left after the step of the notice
+    assert read_commit(commits(again)[-1]).position.global_step == notice
+    execute(config, again)
+    assert digests(commits(again)[-1]) == digests(commits(whole)[-1])
+    assert read_scores(again).drop_columns(["seconds"]).equals(read_scores(whole).drop_columns(["seconds"]))
+    assert [r["loss"] for r in read_steps(again).to_pylist()] == [r["loss"] for r in read_steps(whole).to_pylist()]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
