@@ -62,6 +62,9 @@ def test_the_best_of_an_experiment(run_dir: Path, address: str, tmp_path: Path) 
         )
     history = History(address)
     runs = tmp_path / "runs"
+    copy = runs / "mlartifacts" / ids[4] / "artifacts"  # where MLflow keeps artifacts beside its database
+    copy.mkdir(parents=True)
+    (copy / "run.json").write_text(json.dumps({"mlflow_run_id": ids[4]}))
     with pytest.raises(DataError, match=rf"run 'r4' \({ids[4]}\): its adapters are neither in MLflow"):
         register_best(history, experiment, 2, runs=runs)
     assert not MlflowServer(address).client.search_registered_models(f"name = '{experiment}'")

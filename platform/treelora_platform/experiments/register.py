@@ -126,4 +126,6 @@ def find_learnt(history: History, run: RunRecord, scratch: Path, runs: Path) -> 
 
 def _run_folders(runs: Path) -> Iterator[Path]:
     for depth in range(1, DEPTH + 1):
-        yield from (path.parent for path in sorted(runs.glob("*/" * depth + "run.json")))
+        found = (path.parent for path in sorted(runs.glob("*/" * depth + "run.json")))
+        # MLflow's copies of runs may lie there too, and have no commits
+        yield from (folder for folder in found if (folder / "checkpoints").is_dir())
