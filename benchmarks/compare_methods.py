@@ -20,11 +20,11 @@ from rich.markup import escape
 from treelora.errors import ConfigError, TreeLoRAError
 from treelora_platform.run import run_experiment
 from treelora_platform.sheets import render
-from treelora_platform.study import Bench, Job, load_study, reduce_study
-from treelora_platform.study_report import make_plan, write_results
-from treelora_platform.study_run import Log, Run, distinct, estimate, missing, run_jobs
-from treelora_platform.study_tables import tuning_sheet
-from treelora_platform.study_tuning import Tuned, read_tuned, tuned_from_runs, write_tuned
+from treelora_platform.studies.report import make_plan, write_results
+from treelora_platform.studies.run import Log, Run, distinct, estimate, missing, run_jobs
+from treelora_platform.studies.spec import Bench, Job, load_study, reduce_study
+from treelora_platform.studies.tables import tuning_sheet
+from treelora_platform.studies.tuning import Tuned, read_tuned, tuned_from_runs, write_tuned
 from treelora_platform.summary import format_seconds
 
 PHASES = ("tune", "run", "quality", "table")

@@ -9,8 +9,8 @@ import yaml
 from tests.support.study_runs import STUDY
 from treelora.errors import ConfigError
 from treelora.methods import METHODS
-from treelora_platform.study import Bench, Study, load_study, reduce_study
-from treelora_platform.study_tuning import tuning_jobs
+from treelora_platform.studies.spec import Bench, Study, load_study, reduce_study
+from treelora_platform.studies.tuning import tuning_jobs
 
 SHIPPED = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.yaml"))
 PLAIN = yaml.safe_load(STUDY)

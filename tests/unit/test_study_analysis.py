@@ -14,12 +14,12 @@ from tests.support.study_runs import STUDY, fake_run
 from treelora.simulation.statistics import Interval
 from treelora_platform.sheets import Sheet, markdown, records_table, render, show_interval, write_sheets
 from treelora_platform.statistics import mean_interval, paired
-from treelora_platform.study import Bench, Study
-from treelora_platform.study_analysis import ablation, cost_to_reach, differences, equal_quality, standings
-from treelora_platform.study_figures import group_of, study_figures
-from treelora_platform.study_rows import Row, at_equal_steps, collect, rows_table
-from treelora_platform.study_run import Log, run_jobs
-from treelora_platform.study_tables import ablation_sheet, differences_sheet, quality_sheet, standings_sheet
+from treelora_platform.studies.analysis import ablation, cost_to_reach, differences, equal_quality, standings
+from treelora_platform.studies.figures import group_of, study_figures
+from treelora_platform.studies.rows import Row, at_equal_steps, collect, rows_table
+from treelora_platform.studies.run import Log, run_jobs
+from treelora_platform.studies.spec import Bench, Study
+from treelora_platform.studies.tables import ablation_sheet, differences_sheet, quality_sheet, standings_sheet
 
 PLAIN = yaml.safe_load(STUDY)
 PAIRS = ((1, 0), (2, 0), (1, 1), (2, 1))

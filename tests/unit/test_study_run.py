@@ -9,9 +9,9 @@ from rich.console import Console
 from tests.support.study_runs import STUDY, break_run, fake_run
 from treelora.errors import DataError
 from treelora_platform.prepare import run_folder
-from treelora_platform.study import Bench, Study
-from treelora_platform.study_run import Entry, Log, distinct, estimate, is_complete, missing, run_jobs
-from treelora_platform.study_tuning import (
+from treelora_platform.studies.run import Entry, Log, distinct, estimate, is_complete, missing, run_jobs
+from treelora_platform.studies.spec import Bench, Study
+from treelora_platform.studies.tuning import (
     Trial,
     choose,
     read_tuned,

@@ -11,7 +11,7 @@ import ray
 from ray.tune import Trainable
 
 from treelora_platform.prepare import run_folder
-from treelora_platform.study_run import is_complete
+from treelora_platform.studies.run import is_complete
 from treelora_platform.sweep.child import Child, last_words
 from treelora_platform.sweep.journal import Journal
 from treelora_platform.sweep.scoreboard import Scoreboard

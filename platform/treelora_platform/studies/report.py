@@ -10,19 +10,19 @@ from rich.console import Console
 
 from treelora.data.files import write_bytes_atomically
 from treelora_platform.sheets import Sheet, markdown, render, write_sheets, write_table
-from treelora_platform.study import Bench, Job
-from treelora_platform.study_analysis import ablation, differences, equal_quality, standings
-from treelora_platform.study_figures import save_study_figures
-from treelora_platform.study_rows import Row, at_equal_steps, collect, rows_table
-from treelora_platform.study_run import Log, distinct, missing
-from treelora_platform.study_tables import (
+from treelora_platform.studies.analysis import ablation, differences, equal_quality, standings
+from treelora_platform.studies.figures import save_study_figures
+from treelora_platform.studies.rows import Row, at_equal_steps, collect, rows_table
+from treelora_platform.studies.run import Log, distinct, missing
+from treelora_platform.studies.spec import Bench, Job
+from treelora_platform.studies.tables import (
     ablation_sheet,
     differences_sheet,
     quality_sheet,
     standings_sheet,
     tuning_sheet,
 )
-from treelora_platform.study_tuning import Tuned, settings_for, settings_of, tuning_jobs
+from treelora_platform.studies.tuning import Tuned, settings_for, settings_of, tuning_jobs
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from treelora_platform.sheets import Cells, Sheet, in_blocks, show_ends, show_interval
 from treelora_platform.statistics import smallest_p
-from treelora_platform.study import Study
-from treelora_platform.study_analysis import Ablated, Difference, Reach, Standing
-from treelora_platform.study_tuning import Tuned
+from treelora_platform.studies.analysis import Ablated, Difference, Reach, Standing
+from treelora_platform.studies.spec import Study
+from treelora_platform.studies.tuning import Tuned
 from treelora_platform.summary import NOT_MEASURED, format_bytes
 
 BRACKETS = "mean over (order, seed), 95 % bootstrap interval in brackets"

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from treelora_platform.prepare import run_folder
 from treelora_platform.run_tables import read_run_json, read_scores, read_tasks
-from treelora_platform.study import Job, Study
-from treelora_platform.study_run import is_complete
+from treelora_platform.studies.run import is_complete
+from treelora_platform.studies.spec import Job, Study
 from treelora_platform.summary import summarise
 
 Matrix = tuple[tuple[float | None, ...], ...]

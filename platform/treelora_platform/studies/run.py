@@ -16,7 +16,7 @@ from treelora_platform.jsonl import JsonLog
 from treelora_platform.prepare import run_folder
 from treelora_platform.run import run_experiment
 from treelora_platform.run_tables import read_run_json
-from treelora_platform.study import Job
+from treelora_platform.studies.spec import Job
 from treelora_platform.summary import format_seconds, summarise
 
 Run = Callable[[ExperimentConfig, Console], object]

@@ -14,8 +14,8 @@ import numpy as np
 
 from treelora.simulation.statistics import LEVEL, Interval
 from treelora_platform.statistics import Paired, holm, mean_interval, paired
-from treelora_platform.study import Study
-from treelora_platform.study_rows import Row
+from treelora_platform.studies.rows import Row
+from treelora_platform.studies.spec import Study
 
 Pair = tuple[int, int]
 Metric = Literal["op", "bwt", "fwt", "seconds", "passes", "passes_per_step", "tokens", "stored_bytes"]

@@ -23,9 +23,9 @@ from treelora_platform.canvas import (
     short,
 )
 from treelora_platform.statistics import mean_interval
-from treelora_platform.study import Study
-from treelora_platform.study_analysis import modes_in, values_of
-from treelora_platform.study_rows import Row
+from treelora_platform.studies.analysis import modes_in, values_of
+from treelora_platform.studies.rows import Row
+from treelora_platform.studies.spec import Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

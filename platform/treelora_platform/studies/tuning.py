@@ -14,8 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from treelora.data.files import write_bytes_atomically
 from treelora.errors import DataError
 from treelora_platform.prepare import run_folder
-from treelora_platform.study import Bench, Job, Setting, Study
-from treelora_platform.study_run import is_complete
+from treelora_platform.studies.run import is_complete
+from treelora_platform.studies.spec import Bench, Job, Setting, Study
 from treelora_platform.summary import summarise
 
 
