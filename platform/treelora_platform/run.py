@@ -222,13 +222,15 @@ def _complete(run_dir: Path, config: ExperimentConfig, force: bool) -> bool:
     record = read_run_json(run_dir)
     if not record:
         return False
-    if record.get("config_hash") != config.digest() and not force:
+    # the file may be of an earlier version, and lack fields that have their defaults since
+    same = record.get("config_hash") == config.digest() or load_run_config(run_dir).digest() == config.digest()
+    if not same and not force:
         changes = difference(load_run_config(run_dir), config)
         raise ConfigError(
             f"run {config.name!r} in {run_dir} was begun with another configuration:\n{changes}\n"
             "choose another name, --fresh to begin anew, or --force to go on all the same"
         )
-    return record.get("status") == "FINISHED" and record.get("config_hash") == config.digest()
+    return same and record.get("status") == "FINISHED"
 
 
 def _refuse_other_data(run_dir: Path, prepared: PreparedStream) -> None:

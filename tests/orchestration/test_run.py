@@ -14,106 +14,34 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import ray
+import yaml
 from mlflow import MlflowClient
 from rich.console import Console
 
-from tests.support.streams import TASKS, commits, digests, tiny_config
+from tests.support.streams import TASKS, commits
+from tests.support.whole_runs import (
+    STEPS,
+    TRAIN_WORKER,
+    Result,
+    adapters,
+    command,
+    config_in,
+    events,
+    points,
+    striking,
+    wait_for,
+)
 from treelora.errors import ConfigError
-from treelora_platform.config import ExperimentConfig
 from treelora_platform.extend import extend_run
 from treelora_platform.run import RunFailedError, run_experiment
 from treelora_platform.run_tables import read_run_json, read_scores, read_steps, read_tasks
 from treelora_platform.tracking import resolve_tracking_uri
 
-TRAIN_WORKER = "RayTrainWorker"
 TREELORA = str(Path(sys.executable).with_name("treelora"))
-STEPS = 6
-
-
-def config_in(folder: Path, **changes: Any) -> ExperimentConfig:
-    settings: dict[str, Any] = {
-        "engine": {"kind": "deepspeed", "zero_stage": 2},
-        "cluster": {"workers": 2},
-        "train": {"steps": STEPS},
-        "checkpoint": {"every_steps": 2, "keep": 2},
-    }
-    return tiny_config(folder, **settings | changes)
-
-
-def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    path = run_dir / "events.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [event for event in map(json.loads, lines) if event["kind"] == kind]
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        time.sleep(0.02)
-    return found
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished run left, read at once."""
-
-    digests: dict[str, str]
-    trees: dict[str, str]
-    scores: Any
-    losses: list[float]
-    arms: list[Any]
-
-    @classmethod
-    def of(cls, run_dir: Path) -> Result:
-        steps = read_steps(run_dir).to_pylist()
-        return cls(
-            digests=digests(commits(run_dir)[-1]),
-            trees={path.name: path.read_text() for path in sorted((run_dir / "tree").glob("*.json"))},
-            scores=read_scores(run_dir).drop_columns(["seconds"]).to_pylist(),
-            losses=[step["loss"] for step in steps],
-            arms=[step["arms"] for step in steps],
-        )
-
-
-def adapters(run_dir: Path) -> dict[str, bytes]:
-    return {path.parent.name: path.read_bytes() for path in (run_dir / "adapters").glob("*/adapter_model.safetensors")}
-
-
-def points(run_dir: Path, metric: str = "loss") -> list[int]:
-    client = MlflowClient(resolve_tracking_uri(None, run_dir.parent))
-    names = client.get_run(read_run_json(run_dir)["mlflow_run_id"]).data.metrics
-    [name] = [name for name in names if name.split("/")[-1] == metric]
-    return [point.step for point in client.get_metric_history(read_run_json(run_dir)["mlflow_run_id"], name)]
-
-
-@pytest.fixture(scope="module")
-def console() -> Iterator[Console]:
-    with open(os.devnull, "w") as nowhere:
-        yield Console(file=nowhere)
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def whole(console: Console, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run's folder."""
-    return run_experiment(config_in(tmp_path_factory.mktemp("whole")), console).run_dir
-
-
-@pytest.fixture(scope="module")
-def expected(whole: Path) -> Result:
-    return Result.of(whole)
 
 
 def test_everything_is_left_behind(whole: Path, expected: Result) -> None:
@@ -151,6 +79,18 @@ def test_a_complete_run_is_left_alone(whole: Path, console: Console) -> None:
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"} == before
 
 
+def test_a_run_of_an_earlier_version_is_the_same_run(whole: Path, console: Console, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "tiny")
+    config = tmp_path / "tiny" / "config.yaml"
+    plain = yaml.safe_load(config.read_text())
+    assert plain["ogd"].pop("project_step") is True  # a field that it hadn't, say
+    assert plain["lora"].pop("layers") is None
+    config.write_text(yaml.safe_dump(plain | {"output_dir": str(tmp_path)}))
+    record = tmp_path / "tiny" / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"config_hash": "another, since fields came"}))
+    assert run_experiment(config_in(tmp_path), console).already_complete
+
+
 def test_another_configuration_is_refused(whole: Path, console: Console) -> None:
     changed = config_in(whole.parent, train={"steps": STEPS, "learning_rate": 0.5})
     with pytest.raises(ConfigError, match=r"train.learning_rate: 0.02 -> 0.5\n"):
@@ -164,42 +104,11 @@ def test_a_second_live_run_is_refused(whole: Path, console: Console) -> None:
             run_experiment(config_in(whole.parent), console)
 
 
-def train_workers() -> list[psutil.Process]:
-    """The train workers under this process."""
-    return [p for p in psutil.Process().children(recursive=True) if any(TRAIN_WORKER in part for part in command(p))]
-
-
-def command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-@contextmanager
-def killer(run_dir: Path, step: int) -> Iterator[list[int]]:
-    """Kills one train worker as soon as a step is done; yields the pids of the killed."""
-    killed: list[int] = []
-
-    def watch() -> None:
-        wait_for(lambda: [e for e in events(run_dir, "step") if e["step"] + STEPS * e["unit"] >= step], 300, "step")
-        victim = random.choice(train_workers())
-        killed.append(victim.pid)
-        victim.kill()
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield killed
-    finally:
-        thread.join()
-
-
 def test_fresh_and_a_killed_worker(whole: Path, expected: Result, console: Console, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "tiny")
     config, step = config_in(tmp_path), random.randrange(3, 3 * STEPS)
     (tmp_path / "tiny" / "events.jsonl").unlink()
-    with killer(tmp_path / "tiny", step) as killed:
+    with striking(tmp_path / "tiny", step) as killed:
         outcome = run_experiment(config, console, fresh=True)
     begins = [event["global_step"] for event in events(outcome.run_dir, "begin")]
     assert len(killed) == 1
