@@ -23,6 +23,7 @@ LESS_MEMORY = (
     "out of memory: raise train.accumulation or cluster.workers (fewer rows at once), lower model.max_length or "
     "evaluation.batch_rows, set model.gradient_checkpointing, or engine.zero_stage 3 with engine.offload_weights"
 )
+DISK_FULL = "the disk is full: make room and run the same command again; what was committed is intact"
 _HEALTH_CHECK = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 
 
@@ -165,5 +166,8 @@ def explain(error: BaseException, stalled: list[str] | None = None) -> str:
         last = text.splitlines()[-1] if text else type(cause).__name__
         if "out of memory" in text.lower() or type(cause).__name__ == "OutOfMemoryError":
             last = f"{last} ({LESS_MEMORY})"
+        elif "no space left on device" in text.lower() or "disk quota exceeded" in text.lower():
+            last = f"{last} ({DISK_FULL})"
         return f"worker {rank} failed: {last}" + (f"\n{text}" if "\n" in text else "")
-    return f"training failed: {error}"
+    text = str(getattr(error, "controller_failure", None) or error).strip()
+    return f"the workers could not be started: {text.splitlines()[-1]}\n{text}" if text else "training failed"

@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from treelora_platform.chaos.command import chaos_app
 from treelora_platform.cli_experiments import experiments_app
 from treelora_platform.cli_support import EXIT_FAILED, EXIT_REFUSED, fail, friendly, make_console
 from treelora_platform.simulate import simulate_app
+from treelora_platform.submit.cli import submit_app
 
 app = typer.Typer(
     help="Continual learning of large pre-trained models with TreeLoRA, on Ray, DeepSpeed and MLflow.\n\n"
@@ -24,6 +26,8 @@ data_app = typer.Typer(help="Import tasks to Parquet, and look at them.", no_arg
 app.add_typer(data_app, name="data")
 app.add_typer(simulate_app, name="simulate")
 app.add_typer(experiments_app)
+app.add_typer(submit_app)
+app.add_typer(chaos_app)
 
 Overrides = Annotated[
     list[str] | None,

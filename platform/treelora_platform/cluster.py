@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from treelora.errors import TreeLoRAError
 from treelora_platform.config import ExperimentConfig
@@ -69,17 +71,22 @@ def _expect_answer(address: str) -> None:
 
 
 @contextmanager
-def tree_actor(name: str, wanted: bool) -> Iterator[None]:
-    """The run's tree actor for as long as it is needed."""
+def tree_actor(name: str, wanted: bool, run_dir: Path | None = None) -> Iterator[None]:
+    """The run's tree actor for as long as it is needed; with the run's folder, its state outlives its process."""
     if not wanted:
         yield
         return
     import ray
 
-    from treelora_platform.tree_actor import launch_tree_actor
+    from treelora_platform.tree_actor import FOLDER, launch_tree_actor
 
-    actor = launch_tree_actor(name)
+    folder = run_dir / FOLDER if run_dir else None
+    if folder:  # of a driver that was killed; workers begin with what their commit holds
+        shutil.rmtree(folder, ignore_errors=True)
+    actor = launch_tree_actor(name, folder)
     try:
         yield
     finally:
         ray.kill(actor)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -123,7 +123,7 @@ def _execute(
     from treelora_platform.closing import close_run
     from treelora_platform.cluster import connect, tree_actor
     from treelora_platform.progress import Watcher
-    from treelora_platform.tracking import start_run
+    from treelora_platform.tracking import for_others, resolve_tracking_uri, start_run
 
     commit, _ = newest_commit(run_dir)
     record = _record(config, prepared, read_run_json(run_dir))
@@ -146,7 +146,7 @@ def _execute(
         "cache": str(cache_folder(config) / "tokens"),
         "tasks": [asdict(task) | {"splits": dict(task.splits)} for task in prepared.stream],
         "run_name": run_dir.name,
-        "tracking_uri": config.tracking.uri,
+        "tracking_uri": for_others(resolve_tracking_uri(config.tracking.uri, run_dir.parent)),
         "mlflow_run_id": run_id,
     }
     if commit:

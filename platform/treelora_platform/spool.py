@@ -103,9 +103,11 @@ class Sender:
         return True
 
     def finish(self, end: Finish) -> list[str]:
-        """Send final metrics, artifacts and the status; returns the artifacts that are not there."""
+        """Send final metrics if it was finished, artifacts and the status; returns the artifacts that are not there."""
         server = self._connected()
-        if (self.run_dir / "tables").exists():  # the folder of a sweep has none
+        # a run that was interrupted isn't at its end: it would leave points that the run without a fault hasn't;
+        # the folder of a sweep has no tables
+        if end.status == "FINISHED" and (self.run_dir / "tables").exists():
             _log(server, self._run_id, final_points(self.run_dir))
         missing = []
         for name in end.artifacts:

@@ -57,6 +57,14 @@ def resolve_tracking_uri(tracking_uri: str | None, base: Path) -> str:
     )
 
 
+def for_others(address: str) -> str | None:
+    """An address for workers and trials, which may be on other machines; None where it has a password in it.
+
+    Such an address comes from the environment, which is theirs too, and mustn't be written down.
+    """
+    return address if hide_credentials(address) == address else None
+
+
 def start_run(
     tracking_uri: str | None,
     experiment: str,

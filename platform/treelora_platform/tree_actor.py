@@ -1,144 +1,153 @@
 """The tree actor: one `TaskMemory` for all workers of a run, and the client that rank 0 talks to it with.
 
-One call a step, asked for a step ahead: `submit` sends it, `collect` waits for the answer. Calls carry (run, task,
-step) and are idempotent in the memory itself; Ray never retries them (a replay of a fatal call would kill the actor
-again).
+One call a step, asked for a step ahead: `submit` sends it, `collect` waits for the answer. The actor dies and comes
+back with its exact state (`tree_store`) while the workers go on. Ray never repeats a call (a replay of a fatal call
+would kill the actor again); the client does, because every call has a number and changes the memory once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from torch import Tensor
 
-from treelora.errors import LostError
 from treelora.local_memory import pack_state, unpack_state
-from treelora.memory import MemoryConfig, Past, Selection, StepCall, TaskMemory
+from treelora.memory import MemoryConfig, Past, Selection, StepCall
 from treelora.memory_records import Groups
+from treelora_platform.actor_line import TIMEOUT_S, ActorLine, Sent
+from treelora_platform.tree_journal import BeginTask, Change, EndTask, Term
+from treelora_platform.tree_keeper import Key, Question, TreeKeeper
 
-CALL_TIMEOUT_S = 60.0
+FOLDER = "tree-actor"
+"""In the run's folder."""
 
-
-class TreeKeeper:
-    """The actor's class: plain Python around a memory, launched by `launch_tree_actor`."""
-
-    def __init__(self) -> None:
-        self.memory: TaskMemory | None = None
-
-    def open(self, config: MemoryConfig, state: Mapping[str, np.ndarray | str] | None, run: str) -> None:
-        """Start empty, or from a commit: a group of workers that starts again takes the memory back with it."""
-        self.memory = TaskMemory.from_state_dict(state, run=run) if state else TaskMemory(config)
-
-    def begin_task(self, task: str, horizon: int) -> Past:
-        """See `TaskMemory.begin_task`."""
-        return self._opened().begin_task(task, horizon)
-
-    def step(self, call: StepCall) -> Selection:
-        """See `TaskMemory.step`."""
-        return self._opened().step(call)
-
-    def end_task(self, task: str, sketch: np.ndarray, mass: float) -> Groups:
-        """See `TaskMemory.end_task`."""
-        return self._opened().end_task(task, sketch, mass)
-
-    def past(self) -> Past:
-        """See `TaskMemory.past`."""
-        return self._opened().past()
-
-    def state(self) -> dict[str, np.ndarray | str]:
-        """See `TaskMemory.state_dict`."""
-        return self._opened().state_dict()
-
-    def describe(self) -> dict[str, Any]:
-        """See `TaskMemory.describe`."""
-        return self._opened().describe()
-
-    def _opened(self) -> TaskMemory:
-        if self.memory is None:
-            raise LostError("the tree actor has started again and holds no memory; the workers bring it back")
-        return self.memory
+__all__ = ["FOLDER", "TreeClient", "TreeKeeper", "launch_tree_actor"]
 
 
-def launch_tree_actor(name: str) -> Any:
+def launch_tree_actor(name: str, folder: Path | None = None, keeper: type[TreeKeeper] = TreeKeeper) -> Any:
     """Start the actor of a run on the driver's node; it ends with the driver's Ray session.
 
     Args:
         name: The run's name; the actor is found as `tree-<name>`.
+        folder: Where it keeps its state; storage that every node sees, because it may start again on another. None:
+            a new start begins with nothing.
+        keeper: The actor's class.
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
-    actor_class = ray.remote(TreeKeeper)
-    return actor_class.options(
-        name=f"tree-{name}",
-        num_cpus=0,
-        max_restarts=-1,
-        max_task_retries=0,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-    ).remote()
+    # no runtime_env: that would keep it from Ray's idle processes, which save a second at each start
+    return (
+        ray.remote(keeper)
+        .options(
+            name=f"tree-{name}",
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
+        )
+        .remote(str(folder.absolute()) if folder else None)
+    )
 
 
 class TreeClient:
     """`treelora.methods.Memory` on the tree actor.
 
+    Args:
+        name: The run's name, see `launch_tree_actor`.
+        config: Settings of the memory.
+        run: Whose steps these are.
+        attempt: Ascending numbers of the driver's attempts and of its groups of workers: a client of an earlier one
+            can't touch the memory any more.
+        timeout_s, notice: See `ActorLine`.
+
     Raises:
-        LostError: the actor didn't answer within `timeout_s`, or is gone.
+        LostError: from every method, where the actor can't answer.
     """
 
-    def __init__(self, name: str, config: MemoryConfig, run: str, timeout_s: float = CALL_TIMEOUT_S):
-        self.config, self.run, self.timeout_s = config, run, timeout_s
-        self.name = f"tree-{name}"
-        self.actor = ray.get_actor(self.name)
+    def __init__(
+        self,
+        name: str,
+        config: MemoryConfig,
+        run: str,
+        attempt: tuple[int, ...] = (),
+        timeout_s: float = TIMEOUT_S,
+        notice: Callable[[str], None] | None = None,
+    ) -> None:
+        self.config, self.run = config, run
+        self.line = ActorLine(f"tree-{name}", timeout_s, notice)
+        self._term = Term(attempt, uuid.uuid4().hex)
+        self._number = 0
         self._task = ""
-        self._pending: Any = None
-        self._call("open", config, None, run)
+        self._pending: Sent | None = None
+        self._answer: Selection | None = None
+        self._open(None)
 
     def begin_task(self, task: str, horizon: int) -> Past:
         """See `Memory`."""
         self._task = task
-        return self._call("begin_task", task, horizon)
+        self._answer = None
+        return self._change(f"the beginning of {task!r}", BeginTask(task, horizon))
 
     def submit(self, step: int, observation: np.ndarray | None) -> None:
         """See `Memory`."""
-        self._step = step
-        self._pending = self.actor.step.remote(StepCall(self.run, self._task, step, observation))
+        self._settle()
+        call = StepCall(self.run, self._task, step, observation)
+        self._pending = self._send(f"step {step} of {self._task!r}", call)
 
     def collect(self) -> tuple[np.ndarray, np.ndarray]:
         """See `Memory`."""
-        selection: Selection = self._wait(self._pending, f"step {self._step} of {self._task!r}")
-        return selection.arms, selection.lcb
+        self._settle()
+        assert self._answer is not None, "collect without submit"
+        return self._answer.arms, self._answer.lcb
 
     def end_task(self, task: str, sketch: np.ndarray, mass: float) -> Groups:
         """See `Memory`."""
-        return self._call("end_task", task, sketch, mass)
+        return self._change(f"the end of {task!r}", EndTask(task, sketch, mass))
 
     def past(self) -> Past:
         """See `Memory`."""
-        return self._call("past")
+        return self._ask("past")
 
     def describe(self) -> dict[str, Any]:
         """See `TaskMemory.describe`."""
-        return self._call("describe")
+        return self._ask("describe")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """See `Memory`; calls already sent are answered first, because an actor answers in order."""
-        return pack_state(self._call("state"))
+        """See `Memory`; a step that was submitted is part of it."""
+        return pack_state(self._ask("state"))
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `Memory`."""
-        self._call("open", self.config, unpack_state(state), self.run)
+        self._open(unpack_state(state))
 
-    def _call(self, method: str, *args: Any) -> Any:
-        return self._wait(getattr(self.actor, method).remote(*args), method)
+    def _open(self, state: Mapping[str, np.ndarray | str] | None) -> None:
+        self._term = Term(self._term.attempt, self._term.client, self._term.opening + 1)
+        self._pending = self._answer = None
+        self.line.call("opening the memory", "open", self.config, state, self.run, self._term)
+        self._number = 0
 
-    def _wait(self, answer: Any, what: str) -> Any:
-        try:
-            return ray.get(answer, timeout=self.timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            raise LostError(f"actor {self.name}: no answer to {what} within {self.timeout_s:.0f} s") from None
-        except ray.exceptions.RayActorError as error:
-            raise LostError(f"actor {self.name} died during {what} ({type(error).__name__})") from error
+    def _send(self, what: str, change: Change) -> Sent:
+        return self.line.send(what, "change", Key(self._term, self._number + 1), change)
+
+    def _change(self, what: str, change: Change) -> Any:
+        self._settle()
+        answer = self.line.wait(self._send(what, change))
+        self._number += 1
+        return answer
+
+    def _ask(self, what: Question) -> Any:
+        self._settle()
+        return self.line.call(f"its {what}", "ask", Key(self._term, self._number), what)
+
+    def _settle(self) -> None:
+        """Wait for the step that was submitted: what follows builds on it, and it may have to be sent again."""
+        if self._pending:
+            pending, self._pending = self._pending, None
+            self._answer = self.line.wait(pending)
+            self._number += 1

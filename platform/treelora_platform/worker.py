@@ -17,6 +17,7 @@ from treelora_platform.checkpoint import remove_scratch
 from treelora_platform.config import ExperimentConfig, parse_config
 from treelora_platform.hooks import PlatformHooks, take_up
 from treelora_platform.preemption import is_preempted
+from treelora_platform.provenance import differing, versions
 from treelora_platform.recorder import Recorder
 from treelora_platform.tracking import Uploader
 from treelora_platform.tree_actor import TreeClient
@@ -53,11 +54,19 @@ def run_worker(job: dict[str, Any]) -> None:
 
         return DeepSpeedEngine(module, spec, config, device)
 
+    def warn(what: str) -> None:
+        if recorder:
+            recorder.event("warning", what=what)
+
     def make_memory(settings: MemoryConfig) -> TreeClient:
-        return TreeClient(job["run_name"], settings, run=job["run_name"])
+        name, attempt = job["run_name"], tuple(job.get("attempt", ()))
+        return TreeClient(name, settings, run=name, attempt=attempt, notice=warn)
 
     loop = assemble(config, tasks, Path(job["cache"]), hooks, make_engine, make_memory)
     hooks.saved = take_up(loop, run_dir, recorder)
+    for line in differing(loop.engine.gather(versions())):
+        if recorder:
+            recorder.event("warning", what=line)
     watchdog.watch()  # from here on; to load and to tokenise may take any time
     loop.run()
     watchdog.stop()

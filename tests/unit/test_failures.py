@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +48,20 @@ def test_out_of_memory_says_what_to_reduce(cause: Exception) -> None:
     said = explain(FakeTrainingError(cause))
     assert said.startswith("worker 0 failed: ")
     assert "raise train.accumulation or cluster.workers" in said
+
+
+def test_a_full_disk_is_named_with_its_path() -> None:
+    cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/runs/x/events.jsonl")
+    said = explain(FakeTrainingError(cause))
+    assert "'/data/runs/x/events.jsonl' (the disk is full: make room" in said
+
+
+def test_what_kept_the_workers_from_starting_is_told() -> None:
+    error = FakeTrainingError()
+    error.controller_failure = RuntimeError("Traceback ...\nValueError: no NVIDIA driver was found")  # type: ignore[attr-defined]
+    assert explain(error).splitlines()[0] == (
+        "the workers could not be started: ValueError: no NVIDIA driver was found"
+    )
 
 
 def test_what_a_watchdog_said_comes_before_what_its_end_did_to_the_others() -> None:

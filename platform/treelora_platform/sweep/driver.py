@@ -20,14 +20,13 @@ from treelora.errors import ConfigError
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.prepare import check_storage, prepare_stream
 from treelora_platform.provenance import versions
-from treelora_platform.redaction import hide_credentials
 from treelora_platform.run import RunFailedError, check_resources, is_busy, only_one
 from treelora_platform.sweep.journal import Entry, Journal
 from treelora_platform.sweep.replay import SPEC_JSON
 from treelora_platform.sweep.search import scheduler_of, trials_of
 from treelora_platform.sweep.space import check_rungs, check_space
 from treelora_platform.sweep.spec import SweepSpec, template, trial_config
-from treelora_platform.tracking import adopt_runs, finish_run, resolve_tracking_uri, start_run
+from treelora_platform.tracking import adopt_runs, finish_run, for_others, resolve_tracking_uri, start_run
 from treelora_platform.tracking_state import Status
 
 SETTLE_S = 60.0
@@ -92,8 +91,6 @@ def _execute(plan: _Plan, console: Console) -> None:
     spec, base, folder, journal = plan.spec, plan.base, plan.folder, plan.journal
     known = journal.latest()
     uri = resolve_tracking_uri(base.tracking.uri, folder.parent)
-    # an address with a password comes from the environment, which trials have too, and mustn't be written down
-    for_trials = uri if hide_credentials(uri) == uri else None
     parent = start_run(
         base.tracking.uri,
         base.tracking.experiment,
@@ -111,7 +108,7 @@ def _execute(plan: _Plan, console: Console) -> None:
         connect(base)
         at_once = room_for(base, spec)
         console.print(f"sweep {spec.name}: {spec.count()} trials, {at_once} at once, in {folder}", highlight=False)
-        _tune(plan, console, {"tracking_uri": for_trials, "parent_run_id": parent}, at_once)
+        _tune(plan, console, {"tracking_uri": for_others(uri), "parent_run_id": parent}, at_once)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

@@ -1,0 +1,11 @@
+"""Submit an experiment or a sweep to a Ray cluster: `python jobs/submit.py CONFIG --address http://HEAD:8265`.
+
+It sends the package that is installed here and follows the job's log; its exit code is the job's.
+"""
+
+import sys
+
+from treelora_platform.submit.cli import submit_app
+
+if __name__ == "__main__":
+    submit_app(["submit", *sys.argv[1:]])

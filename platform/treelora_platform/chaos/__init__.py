@@ -1,0 +1,1 @@
+"""Random schedules of faults against an experiment, and whether anything was lost: `treelora chaos`."""
