@@ -58,7 +58,8 @@ def fit(
         placed = place(config, say)
         shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
         # a name of its own for each try: Ray would silently take an old one for a run to resume
-        trainer = _trainer(placed, job | {"config": placed.as_dict()}, run_dir, f"attempt-{attempt}.{tries}")
+        parts = job | {"config": placed.as_dict(), "attempt": (attempt, tries)}
+        trainer = _trainer(placed, parts, run_dir, f"attempt-{attempt}.{tries}")
         tries += 1
         with _interruptible():
             try:

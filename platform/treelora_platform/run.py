@@ -156,7 +156,7 @@ def _execute(
     try:
         with Watcher(run_dir / "events.jsonl", console, config.method):
             connect(config)
-            with tree_actor(run_dir.name, config.method == "treelora"):
+            with tree_actor(run_dir.name, config.method == "treelora", run_dir):
                 failure = fit(config, job, run_dir, record["attempts"], _said(console))
         status = "FAILED" if failure else "FINISHED"
     except KeyboardInterrupt:

@@ -29,7 +29,7 @@ def run_worker(job: dict[str, Any]) -> None:
 
     Args:
         job: config (plain values), run_dir, cache, tasks (fields of each `Task`), run_name, tracking_uri,
-            mlflow_run_id.
+            mlflow_run_id, attempt (numbers of the driver's attempt and of its group of workers).
     """
     import ray.train
 
@@ -59,7 +59,7 @@ def run_worker(job: dict[str, Any]) -> None:
             recorder.event("warning", what=what)
 
     def make_memory(settings: MemoryConfig) -> TreeClient:
-        name, attempt = job["run_name"], tuple(job.get("attempt", ()))
+        name, attempt = job["run_name"], tuple(job["attempt"])
         return TreeClient(name, settings, run=name, attempt=attempt, notice=warn)
 
     loop = assemble(config, tasks, Path(job["cache"]), hooks, make_engine, make_memory)

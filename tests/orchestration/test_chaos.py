@@ -35,6 +35,7 @@ def of_drivers(folder: Path) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if str(folder) in title(process)]
 
 
+@pytest.mark.slow
 def test_a_schedule_is_survived_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = plan(tmp_path, 1, 2, ("worker", "driver"))
     [outcome] = run_chaos(wanted, Console(width=200))
@@ -62,6 +63,7 @@ def test_a_schedule_is_survived_and_told(tmp_path: Path, capsys: pytest.CaptureF
     assert not of_drivers(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_leaves_nothing_running(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(config_in(tmp_path).as_yaml())

@@ -19,7 +19,7 @@ from tests.support.tree_calls import (
 )
 from treelora.errors import CheckpointError, LostError
 from treelora_platform import tree_store
-from treelora_platform.tree_journal import encode
+from treelora_platform.tree_journal import Term, encode
 from treelora_platform.tree_keeper import Key, TreeKeeper
 from treelora_platform.tree_store import TreeStore
 
@@ -270,6 +270,14 @@ def test_an_answer_waits_for_the_disk(tmp_path, monkeypatch):
     assert [name for name, *_ in done] == [*["write", "fsync"] * 3, "replace", "replace", "fsync"]
     targets = [target for name, target in done if name == "replace"]
     assert targets == [str(tmp_path / f"00000002.{kind}") for kind in ("journal", "safetensors")]
+
+
+def test_opening_leaves_nothing_of_the_term_before(tmp_path):
+    keeper = opened(STREAMS[0], tmp_path, 13)
+    generation = int(newest(tmp_path).stem) + 1
+    keeper.open(STREAMS[0].config, None, RUN, Term((2,)))
+    names = {f"{generation:08d}.{kind}" for kind in ("journal", "safetensors")}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_nothing_on_disk_is_no_state(tmp_path):

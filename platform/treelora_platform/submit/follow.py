@@ -56,6 +56,7 @@ class Follower:
         self.jobs, self.job_id, self.show, self.say = jobs, job_id, show, say
         self.silence_s, self.patience_s, self.first_pause_s = silence_s, patience_s, first_pause_s
         self.poll_s, self.shown = poll_s, 0
+        self.lost_at: float | None = None
 
     def follow(self) -> Job:
         """Show the log until the job has ended; returns how it did.
@@ -67,7 +68,6 @@ class Follower:
         return asyncio.run(self._follow())
 
     async def _follow(self) -> Job:
-        lost_at: float | None = None
         pause, broken = self.first_pause_s, 0
         while True:
             trouble, job = await self._trouble(), None
@@ -76,9 +76,8 @@ class Follower:
             except ClusterError as error:
                 trouble = trouble or error
             if trouble is None:
-                if lost_at is not None:
-                    self.say(f"connected again after {time.monotonic() - lost_at:.0f} s")
-                lost_at, pause, broken = None, self.first_pause_s, 0
+                self._back()
+                pause, broken = self.first_pause_s, 0
                 if job and job.ended:
                     return job
                 await asyncio.sleep(self.poll_s)
@@ -87,16 +86,21 @@ class Follower:
             if job and job.ended and broken > LOG_TRIES:
                 self.say(f"the end of the log can't be had ({reason(trouble)})")
                 return job
-            if lost_at is None:
-                lost_at = time.monotonic()
+            if self.lost_at is None:
+                self.lost_at = time.monotonic()
                 self.say(f"connection lost ({reason(trouble)}); the job doesn't need it, trying again")
-            if job is None and time.monotonic() - lost_at > self.patience_s:
+            if job is None and time.monotonic() - self.lost_at > self.patience_s:
                 raise LostContactError(
                     f"the cluster has been out of reach for {self.patience_s:.0f} s; whether {self.job_id} still runs "
                     "isn't known"
                 )
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _back(self) -> None:
+        if self.lost_at is not None:
+            self.say(f"connected again after {time.monotonic() - self.lost_at:.0f} s")
+        self.lost_at = None
 
     async def _trouble(self) -> Exception | None:
         try:
@@ -121,6 +125,7 @@ class Follower:
                 skip = max(0, skip - len(piece))
                 self.shown += len(new)
                 if new:
+                    self._back()
                     self.show(new)
         except StopAsyncIteration:
             return
