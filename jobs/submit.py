@@ -5,7 +5,7 @@ It sends the package that is installed here and follows the job's log; its exit 
 
 import sys
 
-from treelora_platform.submit.cli import submit_app
+from treelora_platform.cli import app
 
 if __name__ == "__main__":
-    submit_app(["submit", *sys.argv[1:]])
+    app(["submit", *sys.argv[1:]])

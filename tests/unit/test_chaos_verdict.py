@@ -103,6 +103,12 @@ def test_a_tree_and_a_status(whole: Path, copy: Path) -> None:
     assert f"tree 0001-{TASKS[1]}: should not be there" in differences(run_digest(copy), run_digest(whole))
 
 
+def test_a_report_that_was_not_written(whole: Path, copy: Path) -> None:
+    (copy / "report.html").touch()
+    [line] = differences(run_digest(copy), run_digest(whole))
+    assert line == "report and figures: too many [], missing ['report.html']"
+
+
 def test_an_altered_adapter_is_no_finished_run(copy: Path) -> None:
     path = copy / "adapters" / f"0000-{TASKS[0]}" / "adapter_model.safetensors"
     altered = bytearray(path.read_bytes())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import aiohttp
 import pytest
@@ -131,6 +131,15 @@ def test_a_log_that_is_lost_with_its_machine_doesnt_hide_the_end() -> None:
     assert said[-1] == "the end of the log can't be had (no agent)"
 
 
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """SIGINT as it is at a terminal; a shell's background job ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("terminal")
 def test_ctrl_c_ends_the_following_at_once() -> None:
     cluster = Cluster([(20, SilenceError)], [RUNNING])
     timer = threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])

@@ -227,6 +227,12 @@ def test_a_comparison_needs_no_workers() -> None:
     assert {check.state for check in found.values()} == {"ok"}
 
 
+def test_the_head_is_named_first_and_the_others_in_order() -> None:
+    none = {"CPU": 0.0, "GPU": 0.0}
+    nodes = [node(name, head=name == "m", resources=none, free=none) for name in ("z", "a", "m")]
+    assert "room for 0 (m (head) nothing, a nothing, z nothing)" in judged(report(*nodes))["resources"].text
+
+
 def test_the_report_is_not_changed() -> None:
     found = report()
     before = copy.deepcopy(found)

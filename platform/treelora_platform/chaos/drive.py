@@ -16,7 +16,7 @@ import psutil
 from treelora_platform.chaos.account import Hit
 from treelora_platform.chaos.inject import Scene, strike
 from treelora_platform.chaos.outline import Event, Outline
-from treelora_platform.chaos.processes import MARK, Family, left_in_memory, shared_memory
+from treelora_platform.chaos.processes import MARK, Family
 from treelora_platform.chaos.schedule import ENDS_DRIVER, Fault
 from treelora_platform.chaos.server import TrackingServer
 from treelora_platform.chaos.site import Site
@@ -55,7 +55,7 @@ def play(stage: Stage, faults: Sequence[Fault], outline: Outline | None) -> Stor
         faults: To come; without an outline there can be none.
         outline: Of the reference run.
     """
-    memory, mark = shared_memory(), os.urandom(8).hex()
+    mark = os.urandom(8).hex()
     family = Family(mark)
     with tempfile.TemporaryDirectory(prefix="tl-", ignore_cleanup_errors=True) as scratch:
         triggers = [Trigger(fault, outline) for fault in faults] if outline else []
@@ -67,7 +67,7 @@ def play(stage: Stage, faults: Sequence[Fault], outline: Outline | None) -> Stor
             family.end()
         story.left_behind = [
             *(f"process {title[:100]!r}" for title in stayed),
-            *(f"shared memory {name!r}" for name in left_in_memory(memory)),
+            *(f"shared memory {name!r}" for name in family.left_in_memory()),
             *(f"temporary {name!r}" for name in _left_in(Path(scratch))),
         ]
     return story
@@ -133,6 +133,7 @@ class _Show:
             if now - looked > 1.0:
                 looked = now
                 self.scene.family.look()
+                self.scene.family.note_memory()
             watching = any(trigger.watching_until is not None for trigger in self.waiting)
             time.sleep(CLOSE_POLL_S if watching else POLL_S)
         self.scene.driver = None

@@ -177,16 +177,17 @@ class _Trial:
         return self.plan.out / f"{name}.log"
 
     def _placed(self, name: str) -> ExperimentConfig:
-        """The experiment in a folder of its own, ready for as many failures as there are faults.
+        """The experiment in a folder and an MLflow experiment of its own, ready for as many failures as faults.
 
         It keeps its name: that is part of the memory's state.
         """
         config = self.plan.config
         failures = max(config.cluster.max_failures, self.plan.faults)
+        tracking = {"uri": self.address, "experiment": f"{config.tracking.experiment}-{name}"}
         return config.model_copy(
             update={
                 "output_dir": str(self.plan.out.resolve() / name),
-                "tracking": config.tracking.model_copy(update={"uri": self.address}),
+                "tracking": config.tracking.model_copy(update=tracking),
                 "cluster": config.cluster.model_copy(update={"max_failures": failures}),
             }
         )

@@ -31,6 +31,7 @@ class Family:
         self._sessions: set[int] = set()
         self._known: set[psutil.Process] = set()
         self._strangers: set[psutil.Process] = set()
+        self._objects: set[str] = set()
 
     def adopt(self, driver_pid: int) -> None:
         """A driver, which leads a session of its own, has been started."""
@@ -51,6 +52,18 @@ class Family:
                     pids.add(process.pid)
                     more = True
         return self.alive()
+
+    def note_memory(self) -> None:
+        """Remember which objects in shared memory its members have in use."""
+        for process in self.alive():
+            self._objects |= _objects_of(process.pid)
+
+    def left_in_memory(self) -> list[str]:
+        """Objects in shared memory that it had in use, that are still there, and that nobody uses any more."""
+        left = {name for name in self._objects if (_SHM / name).exists()}
+        for process in psutil.process_iter() if left else ():
+            left -= _objects_of(process.pid)
+        return sorted(left)
 
     def alive(self) -> list[psutil.Process]:
         """Known members that are still there, oldest first."""
@@ -84,6 +97,16 @@ class Family:
             pass  # gone meanwhile, or another user's
         self._strangers.add(process)
         return False
+
+
+def _objects_of(pid: int) -> set[str]:
+    """Names under the folder of shared memory that a process has mapped; not those that are deleted already."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return set()
+    paths = (line.split(maxsplit=5)[-1] for line in maps.splitlines() if f" {_SHM}/" in line)
+    return {path[len(f"{_SHM}/") :].split("/")[0] for path in paths if not path.endswith(" (deleted)")}
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -130,21 +153,3 @@ def _writes(process: psutil.Process, path: Path) -> bool:
         return str(path) in {file.path for file in process.open_files()}
     except (psutil.Error, OSError):
         return False
-
-
-def shared_memory() -> set[str]:
-    """Names of the objects in shared memory."""
-    return set(os.listdir(_SHM)) if _SHM.is_dir() else set()
-
-
-def left_in_memory(before: set[str]) -> list[str]:
-    """Objects in shared memory that weren't there before, and that no living process has in use."""
-    new = shared_memory() - before
-    if not new:
-        return []
-    used: set[str] = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(OSError):
-            maps = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace")
-            used |= {name for name in new if f"{_SHM}/{name}" in maps}
-    return sorted(new - used & shared_memory()) if used else sorted(new & shared_memory())

@@ -67,6 +67,8 @@ def _files(run_dir: Path) -> Iterator[tuple[str, Any]]:
     for name, digest in (manifest["adapters"] | manifest["files"]).items():
         yield f"SHA-256 of {name}", digest
     yield "adapters on disk", sorted(path.name for path in (run_dir / "adapters").iterdir())
+    pages = [*run_dir.glob("*.html"), *(run_dir / "figures").glob("*")]
+    yield "report and figures", sorted(path.relative_to(run_dir).as_posix() for path in pages)
     for path in sorted((run_dir / "tree").glob("*.json")):
         yield f"tree {path.stem}", path.read_text(encoding="utf-8")
 
@@ -85,6 +87,7 @@ def _tables(run_dir: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _tracked(run_dir: Path, address: str) -> Iterator[tuple[str, Any]]:
+    from treelora_platform.run import load_run_config
     from treelora_platform.tracking import MlflowServer
     from treelora_platform.tracking_query import History
 
@@ -95,7 +98,8 @@ def _tracked(run_dir: Path, address: str) -> Iterator[tuple[str, Any]]:
         return
     run = history.run(run_id)
     began_ms = 1000 * record.get("created", 0.0)
-    yield "MLflow runs", len([one for one in history.named(run.name) if one.start_unix_ms >= began_ms])
+    runs = history.runs(load_run_config(run_dir).tracking.experiment)
+    yield "MLflow runs", len([one for one in runs if one.name == run.name and one.start_unix_ms >= began_ms])
     yield "MLflow status", run.status
     yield "MLflow params", dict(run.params)
     client = MlflowServer(history.uri).client

@@ -109,7 +109,3 @@ def jobs_stop(job: JobId, address: Address = None) -> None:
     from treelora_platform.submit.flow import stop_job
 
     raise typer.Exit(stop_job(job, address, make_console()))
-
-
-if __name__ == "__main__":
-    submit_app()

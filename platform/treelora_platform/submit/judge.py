@@ -42,8 +42,9 @@ def judge(
         conditions: What the project demands of versions, by package.
         python: This machine's Python.
     """
-    lost = [node for node in report["nodes"] if node.get("error")]
-    nodes = [node for node in report["nodes"] if not node.get("error")]
+    known = sorted(report["nodes"], key=lambda node: (not node.get("head"), str(node.get("name"))))
+    lost = [node for node in known if node.get("error")]
+    nodes = [node for node in known if not node.get("error")]
     found = [Check("nodes", "failed", f"{_label(node)}: {node['error']}") for node in lost]
     if not nodes:
         return found
