@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -19,3 +20,11 @@ def _own_tracking_address() -> Iterator[None]:
         os.environ.pop(TRACKING, None)
     else:
         os.environ[TRACKING] = before
+
+
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """SIGINT as it is at a terminal; a shell's background job ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

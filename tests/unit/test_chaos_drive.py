@@ -147,6 +147,7 @@ def test_what_stays_is_told(perform) -> None:
     assert story.left_behind == ["temporary 'litter'"]
 
 
+@pytest.mark.usefixtures("terminal")
 def test_an_interruption_ends_everything(perform) -> None:
     def interrupt() -> None:
         time.sleep(2.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import aiohttp
 import pytest
@@ -129,14 +129,6 @@ def test_a_log_that_is_lost_with_its_machine_doesnt_hide_the_end() -> None:
     text, said, job = followed(Cluster([(7, aiohttp.ClientError("no agent"))] * 9, [failed]))
     assert (text, job) == (LOG[:7], failed)
     assert said[-1] == "the end of the log can't be had (no agent)"
-
-
-@pytest.fixture
-def terminal() -> Iterator[None]:
-    """SIGINT as it is at a terminal; a shell's background job ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("terminal")
