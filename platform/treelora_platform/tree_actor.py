@@ -34,13 +34,14 @@ def launch_tree_actor(name: str, folder: Path | None = None, keeper: type[TreeKe
 
     Args:
         name: The run's name; the actor is found as `tree-<name>`.
-        folder: Where it keeps its state; storage that every node sees, because it may start again on another. None:
-            a new start begins with nothing.
+        folder: Where it keeps its state. None: a new start begins with nothing.
         keeper: The actor's class.
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
+    # hard affinity: by a soft one Ray was seen to put the actor on another node, with this one alive and free;
+    # and where this node dies, the driver dies with it
     # no runtime_env: that would keep it from Ray's idle processes, which save a second at each start
     return (
         ray.remote(keeper)
@@ -49,7 +50,7 @@ def launch_tree_actor(name: str, folder: Path | None = None, keeper: type[TreeKe
             num_cpus=0,
             max_restarts=-1,
             max_task_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
         )
         .remote(str(folder.absolute()) if folder else None)
     )

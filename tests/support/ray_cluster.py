@@ -96,10 +96,12 @@ class RayCluster:
     def add_node(self, cpus: int, options: Sequence[str] = ()) -> RayNode:
         """Start a node and wait until the cluster has it; the first one is the head."""
         name = f"node-{len(self.nodes)}"
+        # an address of its own, by which a driver finds the raylet of its machine
+        address = f"127.0.0.{len(self.nodes) + 1}"
         head = not self.nodes
         command = [
             *(RAY, "start", "--block", "--disable-usage-stats", f"--node-name={name}", f"--num-cpus={cpus}"),
-            *(f"--node-ip-address={HOST}", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
+            *(f"--node-ip-address={address}", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
             # any free port for workers: raylets of one machine would else deal the same numbers
             *("--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"),
             *options,
