@@ -30,8 +30,8 @@ An experiment is one `ExperimentConfig`: a YAML file, or a recipe of [jobs/confi
 A key that isn't listed here is refused, and so is a value that doesn't fit; `treelora validate CONFIG` says which, and
 prints the configuration with all defaults. `treelora schema` prints a JSON schema for editors.
 
-Two configurations that differ only in `name`, `output_dir`, `tracking` and `checkpoint` describe the same experiment:
-these don't enter the hash by which a run is recognised when it goes on.
+Two configurations that differ only in `name`, `output_dir`, `tracking`, `checkpoint`, `cluster.storage` and what is
+done about faults describe the same experiment: these don't enter the hash by which a run is recognised when it goes on.
 """
 
 

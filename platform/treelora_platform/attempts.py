@@ -28,7 +28,12 @@ _HEALTH_CHECK = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 
 
 def fit(
-    config: ExperimentConfig, job: dict[str, Any], run_dir: Path, attempt: int, say: Callable[[str], None]
+    config: ExperimentConfig,
+    job: dict[str, Any],
+    run_dir: Path,
+    attempt: int,
+    say: Callable[[str], None],
+    newest: Callable[[], str] | None = None,
 ) -> str | None:
     """Run the workers to the end of the stream.
 
@@ -41,6 +46,7 @@ def fit(
         run_dir: The run's folder.
         attempt: Number of this call for the run, from 1.
         say: Gets a line where people should know of something.
+        newest: Name of the run's newest commit, where it may be on another node; default: the newest in `run_dir`.
 
     Returns:
         None, or why the workers failed.
@@ -69,7 +75,7 @@ def fit(
                     say(f"{reason}; beginning again from the last commit")
                     continue
                 before, failure = failure, explain(error, stalls(run_dir))
-                stood, stands = stands, newest_name(run_dir)
+                stood, stands = stands, newest() if newest else newest_name(run_dir)
                 if ours(error) or (failures and (before, stood) == (failure, stands)):
                     break  # it would come again
                 failures += 1

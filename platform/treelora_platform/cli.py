@@ -12,6 +12,7 @@ from treelora_platform.chaos.command import chaos_app
 from treelora_platform.cli_experiments import experiments_app
 from treelora_platform.cli_support import EXIT_FAILED, EXIT_REFUSED, fail, friendly, make_console
 from treelora_platform.simulate import simulate_app
+from treelora_platform.storage.commands import storage_app
 from treelora_platform.submit.cli import submit_app
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Import tasks to Parquet, and look at them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(simulate_app, name="simulate")
+app.add_typer(storage_app, name="storage")
 app.add_typer(experiments_app)
 app.add_typer(submit_app)
 app.add_typer(chaos_app)

@@ -37,8 +37,8 @@ MethodName = Literal[
 ]  # fmt: skip
 # Whether a method's class says `accumulates`; said here as well, because this file must not import torch.
 ACCUMULATING = frozenset({"olora", "inflora", "sdlora"})
-FAULT_SETTINGS = frozenset({"max_failures", "min_workers", "wait_seconds", "stall_seconds"})
-"""Of section `cluster`: what is done when something goes wrong."""
+IDLE_CLUSTER_SETTINGS = frozenset({"max_failures", "min_workers", "wait_seconds", "stall_seconds", "storage"})
+"""Of section `cluster`: where a run is kept, and what is done when something goes wrong."""
 
 
 class ExperimentConfig(Options):
@@ -121,7 +121,7 @@ class ExperimentConfig(Options):
         """
         idle = {"output_dir", "tracking", "checkpoint", "name", *get_args(MethodName)} - {self.method}
         plain = {k: v for k, v in self.as_dict().items() if k not in idle}
-        plain["cluster"] = {k: v for k, v in plain["cluster"].items() if k not in FAULT_SETTINGS}
+        plain["cluster"] = {k: v for k, v in plain["cluster"].items() if k not in IDLE_CLUSTER_SETTINGS}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def as_yaml(self) -> str:

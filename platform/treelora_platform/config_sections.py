@@ -10,6 +10,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 from treelora.options import Options
 from treelora.options.tree import Inference
 from treelora_platform.redaction import hide_credentials, is_secret
+from treelora_platform.storage.address import check_address
 
 Source = Literal["builtin", "parquet", "olora", "trace", "jsonl", "csv", "hf"]
 
@@ -201,6 +202,16 @@ class ClusterSettings(Options):
     stall_seconds: float | None = Field(
         900, ge=5, description="A worker without progress for so long is ended and its group restarted; null: never."
     )
+    storage: str | None = Field(
+        None,
+        description="Address that the run is kept at where nodes share no folder, such as s3://bucket/folder; null: "
+        "output_dir is a folder that all nodes see.",
+    )
+
+    @field_validator("storage")
+    @classmethod
+    def _storage_known(cls, storage: str | None) -> str | None:
+        return check_address(storage) if storage else None
 
     @model_validator(mode="after")
     def _fits(self) -> ClusterSettings:

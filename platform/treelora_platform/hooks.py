@@ -21,12 +21,16 @@ from treelora_platform.checkpoint import Commit, newest_commit, write_commit
 from treelora_platform.diagnostics import PenaltyWatch
 from treelora_platform.preemption import PreemptedError
 from treelora_platform.recorder import Recorder
+from treelora_platform.storage.keeper import Keeper
 from treelora_platform.tracking import Uploader
 from treelora_platform.watchdog import Watchdog
 
+LEAVE_S = 20.0
+"""For the last commit on a machine that is about to be taken away to reach the storage."""
+
 
 class PlatformHooks:
-    """`treelora.loop.Hooks`; `recorder` and `uploader` exist on rank 0 only."""
+    """`treelora.loop.Hooks`; `recorder`, `uploader` and `keeper` exist on rank 0 only."""
 
     def __init__(
         self,
@@ -36,9 +40,10 @@ class PlatformHooks:
         uploader: Uploader | None,
         watchdog: Watchdog | None = None,
         preempted: Callable[[], bool] = lambda: False,
+        keeper: Keeper | None = None,
     ):
         self.run_dir, self.keep = run_dir, keep
-        self.recorder, self.uploader = recorder, uploader
+        self.recorder, self.uploader, self.keeper = recorder, uploader, keeper
         self.watchdog, self.preempted = watchdog or Watchdog(run_dir, 0, None), preempted
         self._memory_bytes: int | None = None
         self._penalty = PenaltyWatch()
@@ -50,6 +55,7 @@ class PlatformHooks:
         self.watchdog.feed(f"{name}: {what}")
         if self.recorder:
             self.recorder.event("stage", unit=unit, task=name, what=what)
+            self._notify()
 
     def stepped(self, record: StepRecord, steps: int) -> None:
         """See `Hooks`."""
@@ -74,6 +80,7 @@ class PlatformHooks:
         if self.recorder:
             self.recorder.add_scores(scores, task, self._memory_bytes)
             self.recorder.event("scored", unit=task.task_index, task=task.task, scores=_mean_by_mode(scores))
+            self._notify()
 
     def commit(self, position: Position, loop: StreamLoop) -> None:
         """See `Hooks`."""
@@ -109,6 +116,8 @@ class PlatformHooks:
         Raises:
             PreemptedError: always.
         """
+        if self.keeper:
+            self.keeper.flush(LEAVE_S)
         raise PreemptedError("a machine of this group is about to be taken away")
 
     def _memory(self, method: TreeLoRA, position: Position, loop: StreamLoop) -> dict[str, Tensor]:
@@ -130,8 +139,9 @@ class PlatformHooks:
                 save_adapter(state, peft_config, self.run_dir / "adapters" / folder)
 
     def _notify(self) -> None:
-        if self.uploader:
-            self.uploader.notify()
+        for outlet in (self.uploader, self.keeper):
+            if outlet:
+                outlet.notify()
 
 
 def take_up(loop: StreamLoop, run_dir: Path, recorder: Recorder | None) -> set[str]:
@@ -175,9 +185,13 @@ def restore(loop: StreamLoop, commit: Commit, run_dir: Path) -> None:
     if lacking:
         raise CheckpointError(f"{run_dir}: the commit lacks its {', '.join(lacking)}; --fresh begins anew")
     shapes = {name: tensor.shape for name, tensor in loop.engine.adapter_tensors().items()}
-    states = {
-        folder: grown(load_adapter(run_dir / "adapters" / folder), shapes) for folder in dict.fromkeys(commit.adapters)
-    }
+    states = {}
+    if loop.engine.rank == 0:  # other ranks may be on nodes that have nothing of the run
+        states = {
+            folder: grown(load_adapter(run_dir / "adapters" / folder), shapes)
+            for folder in dict.fromkeys(commit.adapters)
+        }
+    states = loop.engine.broadcast(states)
     loop.bank = [states[folder] for folder in commit.adapters]
     loop.engine.write_adapter(grown(parts["adapter"], shapes))
     loop.engine.load_optimizer_state(parts.get("optimizer", {}))

@@ -7,6 +7,7 @@ import re
 HIDDEN = "***"
 _SECRET = re.compile(r"key|token(?!s$)|password|secret", re.IGNORECASE)  # `max_new_tokens` counts
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_OPTION = re.compile(r"([?&][^=&\s]*(?:key|token|password|secret)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 
 
 def is_secret(key: str) -> bool:
@@ -15,5 +16,5 @@ def is_secret(key: str) -> bool:
 
 
 def hide_credentials(address: str) -> str:
-    """`scheme://user:password@host` with `***` in the place of user and password."""
-    return _USER_INFO.sub(HIDDEN, address)
+    """`scheme://user:password@host?token=...` with `***` in the place of user and password, and of secret options."""
+    return _OPTION.sub(rf"\1{HIDDEN}", _USER_INFO.sub(HIDDEN, address))

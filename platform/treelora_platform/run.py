@@ -19,9 +19,10 @@ from treelora.errors import ConfigError, TreeLoRAError
 from treelora.models.smollm2 import cached_smollm2
 from treelora_platform.checkpoint import newest_commit
 from treelora_platform.config import ExperimentConfig, MethodName, parse_config
-from treelora_platform.prepare import PreparedStream, cache_folder, check_storage, prepare_stream, run_folder
+from treelora_platform.prepare import PreparedStream, cache_folder, check_storage, run_folder
 from treelora_platform.provenance import versions
 from treelora_platform.run_tables import read_config_yaml, read_run_json
+from treelora_platform.storage.driver import NoStorage, storage_of
 from treelora_platform.tracking_state import Status
 
 RUN_JSON = "run.json"
@@ -69,20 +70,23 @@ def run_experiment(
     check_storage(config)
     check_resources(config)
     run_dir = run_folder(config)
-    with only_one(run_dir):
+    storage = storage_of(config, run_dir)
+    with only_one(run_dir), storage.held():
         if fresh:
             _clear(run_dir)
+        storage.bring(fresh)
         if _complete(run_dir, config, force):
+            storage.send()
             return Outcome(run_dir, read_run_json(run_dir).get("mlflow_run_id"), already_complete=True)
         with console.status("preparing the tasks"):
-            prepared = prepare_stream(config)
+            prepared = storage.prepared(config)
         _show_skipped(prepared, console)
         if config.model.name == "smollm2":
             with console.status("unpacking SmolLM2, once"):
                 cached_smollm2()
         if not force:
             _refuse_other_data(run_dir, prepared)
-        return _execute(config, prepared, run_dir, console, parent_run_id, sweep or {})
+        return _execute(config, prepared, storage, console, parent_run_id, sweep or {})
 
 
 def check_resources(config: ExperimentConfig) -> None:
@@ -114,7 +118,7 @@ def check_resources(config: ExperimentConfig) -> None:
 def _execute(
     config: ExperimentConfig,
     prepared: PreparedStream,
-    run_dir: Path,
+    storage: NoStorage,
     console: Console,
     parent_run_id: str | None,
     sweep: Mapping[str, Any],
@@ -125,6 +129,7 @@ def _execute(
     from treelora_platform.progress import Watcher
     from treelora_platform.tracking import for_others, resolve_tracking_uri, start_run
 
+    run_dir = storage.run_dir
     commit, _ = newest_commit(run_dir)
     record = _record(config, prepared, read_run_json(run_dir))
     (run_dir / "config.yaml").write_text(config.as_yaml(), encoding="utf-8")
@@ -149,23 +154,29 @@ def _execute(
         "tracking_uri": for_others(resolve_tracking_uri(config.tracking.uri, run_dir.parent)),
         "mlflow_run_id": run_id,
     }
+    storage.send()
+    job = storage.handed_over(job, prepared)
     if commit:
         console.print(f"going on after {commit.position.global_step} steps, at task {commit.position.unit + 1}")
     status: Status = "FAILED"
     failure = None
     try:
-        with Watcher(run_dir / "events.jsonl", console, config.method):
+        with Watcher(run_dir / "events.jsonl", console, config.method), storage.followed():
             connect(config)
             with tree_actor(run_dir.name, config.method == "treelora", run_dir):
-                failure = fit(config, job, run_dir, record["attempts"], _said(console))
+                failure = fit(config, job, run_dir, record["attempts"], _said(console), storage.newest_name)
         status = "FAILED" if failure else "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
+        if missing := storage.collect(hurry=status != "FINISHED"):
+            status, failure = "FAILED" if status == "FINISHED" else status, failure or missing
         record["status"] = status
         _write_record(run_dir, record)
         report = close_run(run_dir, config, run_id, status)
+        if unsent := storage.close():
+            console.print(f"[yellow]the storage is not complete:[/] {escape(unsent)}", highlight=False)
     if failure:
         raise RunFailedError(f"{failure}\nWhat was committed is in {run_dir}; the same command goes on from there")
     if not report.sent:

@@ -27,7 +27,7 @@ PARAMETERS = (
     *("evaluation", "checkpoint", "cluster"),
     *get_args(MethodName),
 )
-_FREE_FORM = "stream.options"
+_LEFT_OUT = ("stream.options", "cluster.storage")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def loggable_params(params: Mapping[str, Any]) -> dict[str, str]:
     return {
         clean_key(key): _short(value)
         for key, value in flatten(params)
-        if key.split(".")[0] in PARAMETERS and not key.startswith(_FREE_FORM) and not is_secret(key)
+        if key.split(".")[0] in PARAMETERS and not key.startswith(_LEFT_OUT) and not is_secret(key)
     }
 
 

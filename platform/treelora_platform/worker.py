@@ -19,6 +19,7 @@ from treelora_platform.hooks import PlatformHooks, take_up
 from treelora_platform.preemption import is_preempted
 from treelora_platform.provenance import differing, versions
 from treelora_platform.recorder import Recorder
+from treelora_platform.storage.node import make_keeper, on_this_node
 from treelora_platform.tracking import Uploader
 from treelora_platform.tree_actor import TreeClient
 from treelora_platform.watchdog import Watchdog
@@ -34,17 +35,19 @@ def run_worker(job: dict[str, Any]) -> None:
     import ray.train
 
     context = ray.train.get_context()
+    job = on_this_node(job, context.get_world_rank())
     config = parse_config(job["config"])
     _settle(config)
     run_dir, tasks = Path(job["run_dir"]), [Task(**fields) for fields in job["tasks"]]
-    recorder = uploader = None
+    recorder = uploader = keeper = None
     if context.get_world_rank() == 0:
         remove_scratch(run_dir)
         recorder = Recorder(run_dir, tasks)
         recorder.event("stage", unit=0, task="", what="loading the model")
         uploader = Uploader(run_dir, job["tracking_uri"], job["mlflow_run_id"])
+        keeper = make_keeper(job, lambda kind, what: recorder.event(kind, what=what))
     watchdog = Watchdog(run_dir, context.get_world_rank(), config.cluster.stall_seconds)
-    hooks = PlatformHooks(run_dir, config.checkpoint.keep, recorder, uploader, watchdog, is_preempted)
+    hooks = PlatformHooks(run_dir, config.checkpoint.keep, recorder, uploader, watchdog, is_preempted, keeper)
     device = device_for(config)
 
     def make_engine(module: nn.Module, spec: OptimizerSpec) -> Engine:
@@ -73,6 +76,8 @@ def run_worker(job: dict[str, Any]) -> None:
     if recorder and uploader:
         recorder.close()
         uploader.close(timeout_s=10.0)
+    if keeper:
+        keeper.close()
 
 
 def _settle(config: ExperimentConfig) -> None:

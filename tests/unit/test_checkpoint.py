@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,54 @@ def test_an_adapter_shared_by_all_commits(run_dir: Path) -> None:
     flip(run_dir / "adapters" / ADAPTERS[0] / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"0000-first.adapter_model.safetensors: differs from the checksum"):
         newest_commit(run_dir)
+
+
+class Killed(BaseException):
+    """The process is gone: nothing of its own code catches this."""
+
+
+def test_killed_at_any_deletion_of_old_commits(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    for step in (1, 2):
+        write_commit(run_dir, commit(global_step=step), keep=2)
+    merged = Commit(commit(global_step=3).position, ADAPTERS[:1], commit(3).parts)  # the other adapter becomes unused
+    deletions, killed = 0, True
+    while killed:
+        copy = tmp_path_factory.mktemp("copy") / "run"
+        shutil.copytree(run_dir, copy)
+        left = [deletions]
+        killed = interrupted(lambda copy=copy: write_commit(copy, merged, keep=1), left)
+        deletions += 1
+
+        found, troubles = newest_commit(copy)
+        assert found
+        assert (equal(found, merged), troubles) == (True, [])
+        write_commit(copy, Commit(commit(4).position, ADAPTERS[:1], commit(4).parts), keep=1)
+        assert [read_commit(path).position.global_step for path in commits(copy)] == [4]
+        assert [entry.name for entry in (copy / "adapters").iterdir()] == list(ADAPTERS[:1])
+    assert deletions > 2 * 3 + 2  # two commits of three files each, their folders, and then some
+
+
+def interrupted(action: Callable[[], object], left: list[int]) -> bool:
+    """Whether an action was ended by a kill; `left[0]`: deletions before it."""
+    whole = {name: getattr(os, name) for name in ("unlink", "rmdir")}
+
+    def deadly(name: str) -> Callable[..., None]:
+        def call(*args: Any, **options: Any) -> None:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            whole[name](*args, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in whole:
+            patch.setattr(os, name, deadly(name))
+        try:
+            action()
+        except Killed:
+            return True
+    return False
 
 
 def test_a_commit_that_fails_leaves_the_others_alone(run_dir: Path) -> None:

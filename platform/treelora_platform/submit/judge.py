@@ -103,10 +103,18 @@ def package_checks(
 
 
 def storage_check(head: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]], needs: Needs) -> Iterator[Check]:
-    """The output folder takes what every node writes, and shows it to every other."""
+    """The output folder takes what every node writes, and shows it to every other; or the storage answers on each."""
     where = needs.output_dir
     if head.get("error"):
         yield Check("storage", "failed", f"{where} can't be written to on the head ({head['error']}); mount it there")
+        return
+    if needs.storage:
+        faults = [f"the head: {head['storage']}"] if head.get("storage") else []
+        faults += [f"{_label(node)}: {node['storage']}" for node in nodes if node.get("storage")]
+        if faults:
+            yield Check("storage", "failed", "; ".join(faults))
+        else:
+            yield Check("storage", "ok", f"{needs.storage} answers on {_count(len(nodes), 'node')}")
         return
     faults = [f"{_label(node)} {node['why']}" for node in nodes if not node.get("wrote")]
     names = {node["id"]: _label(node) for node in nodes if "id" in node}
@@ -116,7 +124,7 @@ def storage_check(head: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]], n
         if node.get("missing")
     ]
     if faults:
-        remedy = "mount one shared folder there on all nodes, or give another with output_dir"
+        remedy = "mount one shared folder there on all nodes, give another with output_dir, or set cluster.storage"
         yield Check("storage", "failed", f"{where} isn't shared: {'; '.join(faults)}; {remedy}")
         return
     free = head["free_bytes"]

