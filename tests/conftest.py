@@ -11,6 +11,14 @@ import pytest
 TRACKING = "MLFLOW_TRACKING_URI"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: a module stays together, and Ray's tests follow one another."""
+    for item in items:
+        module = item.nodeid.split("::")[0]
+        alone = module.startswith("tests/orchestration/")
+        item.add_marker(pytest.mark.xdist_group("orchestration" if alone else module))
+
+
 @pytest.fixture(autouse=True)
 def _own_tracking_address() -> Iterator[None]:
     """`mlflow.set_tracking_uri` writes the environment too, which runs take their default address from."""
