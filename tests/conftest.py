@@ -11,6 +11,7 @@ import pytest
 TRACKING = "MLFLOW_TRACKING_URI"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `pytest -n 2 --dist loadgroup`: a module stays together, and Ray's tests follow one another."""
     for item in items:
