@@ -20,7 +20,7 @@ from treelora.data.files import resolve, write_bytes_atomically
 from treelora.data.schema import METADATA_KEY, TEXT_COLUMNS, Example, SplitMeta, check_rows
 from treelora.errors import DataError
 
-_READ_ERRORS = (pa.ArrowException, OSError, ValueError)
+READ_ERRORS = (pa.ArrowException, OSError, ValueError)
 
 
 def _digest(description: Mapping[str, Any], examples: Sequence[Example]) -> str:
@@ -77,16 +77,18 @@ def _refuse_extension_types(where: str, source: pa.NativeFile) -> None:
                 raise DataError(f"{where}: holds Arrow extension types, which can run code; export plain columns")
 
 
-def _refuse_type(where: str, column: str, found: pa.DataType, expected: str) -> DataError:
+def refused_type(where: str, column: str, found: pa.DataType, expected: str) -> DataError:
+    """The error for a column of a wrong type."""
     return DataError(f"{where}: column '{column}' is {found}, expected {expected}; convert it")
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds texts."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _is_text_list(kind: pa.DataType) -> bool:
-    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_text(kind.value_type)
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and is_text(kind.value_type)
 
 
 def _has_extension(kind: pa.DataType) -> bool:
@@ -96,7 +98,7 @@ def _has_extension(kind: pa.DataType) -> bool:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[pq.ParquetFile]:
+def opened(path: str | Path) -> Iterator[pq.ParquetFile]:
     """A Parquet file that is known to hold plain types only."""
     where = str(path)
     fs, inner = resolve(path)
@@ -106,19 +108,19 @@ def _opened(path: str | Path) -> Iterator[pq.ParquetFile]:
             with pq.ParquetFile(source, page_checksum_verification=True) as file:
                 for column in file.schema_arrow:
                     if _has_extension(column.type):
-                        raise _refuse_type(where, column.name, column.type, "a plain type")
+                        raise refused_type(where, column.name, column.type, "a plain type")
                 yield file
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise DataError(f"{where}: can't be read as Parquet ({error}); copy or import it again") from error
 
 
 def open_columns(path: str | Path, columns: Sequence[str]) -> tuple[pa.Table, pa.Schema]:
     """Those of the named columns that a foreign Parquet file has, texts as bytes; and the file's schema."""
-    with _opened(path) as file:
+    with opened(path) as file:
         schema = file.schema_arrow
         table = file.read(columns=[name for name in schema.names if name in columns])
     for i, column in enumerate(table.schema):
-        if _is_text(column.type):
+        if is_text(column.type):
             table = table.set_column(i, column.name, table[column.name].cast(pa.large_binary()))
         elif _is_text_list(column.type):
             as_bytes = table[column.name].cast(pa.large_list(pa.large_binary()))
@@ -126,7 +128,8 @@ def open_columns(path: str | Path, columns: Sequence[str]) -> tuple[pa.Table, pa
     return table, schema
 
 
-def _description(where: str, schema: pa.Schema) -> dict[str, Any]:
+def description_of(where: str, schema: pa.Schema) -> dict[str, Any]:
+    """The JSON object in a split file's schema metadata; DataError where it is missing or damaged."""
     raw = (schema.metadata or {}).get(METADATA_KEY)
     if raw is None:
         raise DataError(f"{where}: no '{METADATA_KEY.decode()}' metadata, so not a task file; import it first")
@@ -139,7 +142,8 @@ def _description(where: str, schema: pa.Schema) -> dict[str, Any]:
     return description
 
 
-def _meta(where: str, description: Mapping[str, Any]) -> SplitMeta:
+def meta_of(where: str, description: Mapping[str, Any]) -> SplitMeta:
+    """The checked description of a split file."""
     try:
         return SplitMeta.from_dict(description)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -150,8 +154,8 @@ def _meta(where: str, description: Mapping[str, Any]) -> SplitMeta:
 
 def read_meta(path: str | Path) -> tuple[SplitMeta, int]:
     """Description and row count of a split file, from its footer alone."""
-    with _opened(path) as file:
-        return _meta(str(path), _description(str(path), file.schema_arrow)), file.metadata.num_rows
+    with opened(path) as file:
+        return meta_of(str(path), description_of(str(path), file.schema_arrow)), file.metadata.num_rows
 
 
 def _texts(where: str, key: str, column: pa.ChunkedArray) -> list[str]:
@@ -187,20 +191,20 @@ def read_split(path: str | Path) -> tuple[list[Example], SplitMeta]:
     the choices, no rows.
     """
     where = str(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         schema = file.schema_arrow
         for key in TEXT_COLUMNS:
             if schema.get_field_index(key) < 0:
                 raise DataError(f"{where}: column '{key}' is missing (or there twice); found {schema.names}")
-            if not _is_text(found := schema.field(key).type):
-                raise _refuse_type(where, key, found, "string")
+            if not is_text(found := schema.field(key).type):
+                raise refused_type(where, key, found, "string")
         wanted = list(TEXT_COLUMNS)
         if "choices" in schema.names:
             if not _is_text_list(found := schema.field("choices").type):
-                raise _refuse_type(where, "choices", found, "list<string>")
+                raise refused_type(where, "choices", found, "list<string>")
             wanted.append("choices")
-        description = _description(where, schema)
-        meta = _meta(where, description)
+        description = description_of(where, schema)
+        meta = meta_of(where, description)
         table = file.read(columns=wanted)
     columns = [_texts(where, key, table[key]) for key in TEXT_COLUMNS]
     choices = _text_lists(where, table["choices"]) if "choices" in wanted else [()] * table.num_rows

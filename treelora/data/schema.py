@@ -11,7 +11,8 @@ FORMAT = 1
 METADATA_KEY = b"treelora.task"
 SPLITS = ("train", "validation", "test")
 METRICS = ("accuracy", "exact_match", "rouge_l", "sari", "edit_similarity")
-Kind = Literal["choice", "generation"]
+Kind = Literal["choice", "generation", "image"]
+PROTOCOLS = ("class_incremental", "domain_incremental", "task_incremental")
 
 TEXT_COLUMNS = ("id", "prompt", "answer")
 
@@ -28,7 +29,12 @@ class Example:
 
 @dataclass(frozen=True)
 class SplitMeta:
-    """What a split file says about its task. ``skipped`` counts source rows that the importer left out."""
+    """What a split file says about its task. ``skipped`` counts source rows that the importer left out.
+
+    ``protocol`` says how a stream of image tasks is cut (van de Ven, Tuytelaars & Tolias 2022, Nature Machine
+    Intelligence 4): new classes in every task, the same classes from new domains, or new classes with the
+    task known. None for text.
+    """
 
     name: str
     kind: Kind
@@ -39,6 +45,7 @@ class SplitMeta:
     family: str | None = None
     vocabulary: str | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
+    protocol: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -52,10 +59,25 @@ class SplitMeta:
                 raise DataError(f"task {self.name!r}: {key} is {value!r}; use one of {', '.join(allowed)}")
         if len(set(self.choices)) != len(self.choices):
             raise DataError(f"task {self.name!r}: choices repeat: {list(self.choices)}")
+        self._check_protocol()
+
+    def _check_protocol(self) -> None:
+        if self.kind != "image":
+            if self.protocol is not None:
+                raise DataError(
+                    f"task {self.name!r}: protocol {self.protocol!r} is for images, its kind is {self.kind!r}"
+                )
+            return
+        if self.protocol not in PROTOCOLS:
+            raise DataError(f"task {self.name!r}: protocol is {self.protocol!r}; use one of {', '.join(PROTOCOLS)}")
+        if self.metric != "accuracy":
+            raise DataError(f"task {self.name!r}: metric is {self.metric!r}; images are judged by accuracy")
+        if not self.choices:
+            raise DataError(f"task {self.name!r}: choices are empty; an image task names its classes")
 
     def to_dict(self, rows: int) -> dict[str, Any]:
         """The JSON object stored in the file."""
-        return {
+        description = {
             "format": FORMAT,
             "name": self.name,
             "slug": slugify(self.name),
@@ -69,6 +91,8 @@ class SplitMeta:
             "rows": rows,
             "skipped": dict(sorted(self.skipped.items())),
         }
+        # Text files keep the bytes, and so the fingerprints, that they had before there were images.
+        return description if self.protocol is None else {**description, "protocol": self.protocol}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "SplitMeta":
@@ -85,6 +109,7 @@ class SplitMeta:
             family=raw.get("family"),
             vocabulary=raw.get("vocabulary"),
             skipped={str(reason): int(count) for reason, count in raw["skipped"].items()},
+            protocol=raw.get("protocol"),
         )
 
 

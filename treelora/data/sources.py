@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.fs as pafs
-
-from treelora.data.files import join, resolve
+from treelora.data.files import join
+from treelora.data.images.importing import IMAGE_OPTIONS, ImageReader, import_base, import_images
+from treelora.data.images.sources import cifar, cub, digits, folders, hub_images, tables
 from treelora.data.importers import hub, olora, tabular, trace
 from treelora.data.importers.common import Options, RawTask, usable
+from treelora.data.importers.report import ImportReport, refuse_other_task, remove_other_splits
 from treelora.data.names import slugify
-from treelora.data.parquet import read_meta, write_split
+from treelora.data.parquet import write_split
 from treelora.data.schema import SPLITS, SplitMeta
-from treelora.data.task import Task, open_task
+from treelora.data.task import open_task
 from treelora.errors import ConfigError, DataError
 
 Importer = Callable[[str, Sequence[str] | None, Options], Iterator[RawTask]]
@@ -28,24 +29,31 @@ class Source:
     options: frozenset[str]
 
 
-IMPORTERS: Mapping[str, Source] = {
+@dataclass(frozen=True)
+class ImageSource:
+    """A layout of images: its reader, and the options it understands beside ``IMAGE_OPTIONS``."""
+
+    read: ImageReader
+    options: frozenset[str]
+
+
+IMPORTERS: Mapping[str, Source | ImageSource] = {
     "olora": Source(olora.read, frozenset({"template"})),
     "trace": Source(trace.read, frozenset()),
     "jsonl": Source(tabular.read_jsonl, _TABLE_OPTIONS),
     "csv": Source(tabular.read_csv, _TABLE_OPTIONS | {"delimiter"}),
     "parquet": Source(tabular.read_parquet, _TABLE_OPTIONS),
     "hf": Source(hub.read, _TABLE_OPTIONS | {"revision"}),
+    "digits": ImageSource(digits.read, frozenset({"test_share", "split_seed"})),
+    "image_folder": ImageSource(folders.read, frozenset({"layout", "labels", "splits", "test_share", "split_seed"})),
+    "imagenet_r": ImageSource(folders.read_imagenet_r, frozenset({"test_share", "split_seed"})),
+    "cub200": ImageSource(cub.read, frozenset()),
+    "cifar100": ImageSource(cifar.read, frozenset()),
+    "images": ImageSource(tables.read, frozenset({"image_column", "label_column", "splits"})),
+    "hf_images": ImageSource(
+        hub_images.read, frozenset({"image_column", "label_column", "splits", "revision", "config"})
+    ),
 }
-
-
-@dataclass(frozen=True)
-class ImportReport:
-    """What came of one task: rows kept by split, rows skipped by reason, the first as "split[index]"."""
-
-    task: Task
-    rows: Mapping[str, int]
-    skipped: Mapping[str, int]
-    skipped_rows: Mapping[str, tuple[str, ...]]
 
 
 def import_tasks(
@@ -64,48 +72,51 @@ def import_tasks(
     DataError for data that can't be read, a task without usable rows, and two tasks of one name or folder.
     """
     options = {} if options is None else options
+    importer = _importer(source, options)
+    if isinstance(importer, ImageSource):
+        return import_images(source, importer.read, path, names, out, options)
+    seen: dict[str, str] = {}
+    reports = []
+    for raw in importer.read(path, names, options):
+        slug = slugify(raw.name)
+        if slug in seen:
+            raise DataError(f"{raw.where}: task {raw.name!r} meets {seen[slug]!r} in folder {slug!r}; rename one")
+        seen[slug] = raw.name
+        reports.append(_import_one(source, raw, join(out, slug), options.get("limit")))
+    return reports
+
+
+def _importer(source: str, options: Options) -> Source | ImageSource:
     if source not in IMPORTERS:
         raise ConfigError(f"no importer {source!r}; there are {', '.join(IMPORTERS)}")
-    known = IMPORTERS[source].options | {"splits", "limit"}
+    importer = IMPORTERS[source]
+    shared = IMAGE_OPTIONS if isinstance(importer, ImageSource) else {"splits", "limit"}
+    known = importer.options | shared
     if unknown := set(options) - known:
         raise ConfigError(f"importer {source!r} has no option {sorted(unknown)}; it has {sorted(known)}")
     limit = options.get("limit")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ConfigError(f"options.limit is {limit!r}; use a positive whole number")
-    seen: dict[str, str] = {}
-    reports = []
-    for raw in IMPORTERS[source].read(path, names, options):
-        slug = slugify(raw.name)
-        if slug in seen:
-            raise DataError(f"{raw.where}: task {raw.name!r} meets {seen[slug]!r} in folder {slug!r}; rename one")
-        seen[slug] = raw.name
-        reports.append(_import_one(source, raw, join(out, slug), limit))
-    return reports
+    return importer
 
 
 def _import_one(source: str, raw: RawTask, folder: str, limit: int | None) -> ImportReport:
     ready = {split: usable(raw, split, limit) for split in SPLITS if split in raw.splits}
-    _refuse_other_task(raw.name, folder)
-    for split in SPLITS:
-        target = join(folder, f"{split}.parquet")
-        if split in ready:
-            examples, skipped = ready[split]
-            meta = SplitMeta(
-                name=raw.name,
-                kind=raw.kind,
-                choices=raw.choices,
-                metric=raw.metric,
-                split=split,
-                source=source,
-                family=raw.family,
-                vocabulary=raw.vocabulary,
-                skipped=skipped.counts,
-            )
-            write_split(target, examples, meta)
-        elif _exists(target):
-            # Left by an earlier import of a source that had this split: it would no longer match.
-            fs, inner = resolve(target)
-            fs.delete_file(inner)
+    refuse_other_task(raw.name, folder)
+    for split, (examples, skipped) in ready.items():
+        meta = SplitMeta(
+            name=raw.name,
+            kind=raw.kind,
+            choices=raw.choices,
+            metric=raw.metric,
+            split=split,
+            source=source,
+            family=raw.family,
+            vocabulary=raw.vocabulary,
+            skipped=skipped.counts,
+        )
+        write_split(join(folder, f"{split}.parquet"), examples, meta)
+    remove_other_splits(folder, ready)
     counts: dict[str, int] = {}
     shown: dict[str, list[str]] = {}
     for _, skipped in ready.values():
@@ -120,12 +131,13 @@ def _import_one(source: str, raw: RawTask, folder: str, limit: int | None) -> Im
     )
 
 
-def _exists(uri: str) -> bool:
-    fs, inner = resolve(uri)
-    return bool(fs.get_file_info(inner).type == pafs.FileType.File)
+def base_images(source: str, path: str, out: str | Path, *, options: Options) -> ImportReport:
+    """The classes that ``options["base_classes"]`` holds out, as the task folder ``<out>/base-classes``.
 
-
-def _refuse_other_task(name: str, folder: str) -> None:
-    target = join(folder, "train.parquet")
-    if _exists(target) and (other := read_meta(target)[0].name) != name:
-        raise DataError(f"{folder}: holds task {other!r}; import {name!r} elsewhere or rename it")
+    For pre-training on classes that no task of the same options will have. Raises as ``import_tasks`` does, and
+    ConfigError for a source without images.
+    """
+    importer = _importer(source, options)
+    if not isinstance(importer, ImageSource):
+        raise ConfigError(f"importer {source!r} reads no images, so it has no base classes")
+    return import_base(source, importer.read, path, out, options)

@@ -16,7 +16,7 @@ from treelora.errors import DataError
 
 __all__ = ["Example", "SplitMeta", "Task", "TaskStream", "open_stream", "open_task", "slugify", "write_split"]
 
-_SHARED_FIELDS = ("name", "kind", "choices", "metric", "family", "vocabulary")
+_SHARED_FIELDS = ("name", "kind", "choices", "metric", "family", "vocabulary", "protocol")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Task:
     """One task of a stream.
 
     ``splits`` maps "train", "validation" or "test" to the path or URI of a Parquet file. ``family`` (what has
-    to be decided) and ``vocabulary`` (which words answer it) group related tasks, for scoring a tree.
+    to be decided) and ``vocabulary`` (which words answer it) group related tasks, for scoring a tree. A task
+    of kind "image" has a ``protocol``, and its rows are read by ``treelora.data.images``.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Task:
     splits: Mapping[str, str]
     family: str | None = None
     vocabulary: str | None = None
+    protocol: str | None = None
 
     @property
     def slug(self) -> str:
@@ -48,6 +50,8 @@ class Task:
 
     def read(self, split: str) -> list[Example]:
         """The rows of a split, validated; see ``treelora.data.parquet.read_split`` for what is refused."""
+        if self.kind == "image":
+            raise DataError(f"{self.path(split)}: task {self.name!r} holds images; read them with read_images")
         rows, meta = read_split(self.path(split))
         if meta.name != self.name:
             raise DataError(f"{self.path(split)}: holds task {meta.name!r}, expected {self.name!r}")
@@ -97,6 +101,7 @@ def open_task(folder: str | Path) -> Task:
         splits={split: files.join(folder, f"{split}.parquet") for split in found},
         family=first.family,
         vocabulary=first.vocabulary,
+        protocol=first.protocol,
     )
 
 

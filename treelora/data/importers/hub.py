@@ -22,7 +22,7 @@ def read(path: str, names: Sequence[str] | None, options: Options) -> Iterator[R
     columns = columns_of(options)
     for name in [None] if names is None else names:
         where = path if name is None else f"{path}/{name}"
-        loaded = _load(datasets, path, name, options)
+        loaded = load(datasets, path, name, options)
         if not isinstance(loaded, dict):
             raise DataError(f"{where}: one table without splits; save a DatasetDict with train and test")
         chosen = choose_splits(where, loaded, options)
@@ -35,7 +35,8 @@ def read(path: str, names: Sequence[str] | None, options: Options) -> Iterator[R
         yield table_task(stem if name is None else f"{stem}-{name}", where, splits, own)
 
 
-def _load(datasets: Any, path: str, name: str | None, options: Options) -> Any:
+def load(datasets: Any, path: str, name: str | None, options: Options) -> Any:
+    """A data set or its splits; DataError where it can't be loaded."""
     where = Path(path) / name if name is not None else Path(path)
     try:
         if Path(path).exists():
