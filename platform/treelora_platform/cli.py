@@ -205,8 +205,14 @@ def schema() -> None:
 @data_app.command("import")
 @friendly
 def data_import(
-    source: Annotated[str, typer.Argument(help="olora, trace, jsonl, csv, hf or parquet.")],
-    path: Annotated[str, typer.Argument(help="Folder, file, URI or Hugging Face id to read.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Text: olora, trace, jsonl, csv, parquet, hf. Images: digits, image_folder, imagenet_r, cub200, "
+            "cifar100, images, hf_images."
+        ),
+    ],
+    path: Annotated[str, typer.Argument(help="Folder, file, URI or Hugging Face id to read; - for digits.")],
     out: Annotated[Path, typer.Argument(help="Folder that gets a folder for each task.")],
     task: Annotated[list[str] | None, typer.Option(help="Only this task; may be given several times.")] = None,
     option: Annotated[
@@ -231,7 +237,7 @@ def data_show(
     folder: Annotated[Path, typer.Argument(help="Folder of one task, or a folder of such folders.")],
     rows: Annotated[int, typer.Option(min=0, help="Rows of each split to print.")] = 2,
 ) -> None:
-    """Show tasks in Parquet: kind, choices, how many rows, and the first few."""
+    """Show tasks in Parquet: kind, choices, how many rows or images, and the first few."""
     from treelora_platform.show import show_tasks
 
     show_tasks(folder, rows, make_console())

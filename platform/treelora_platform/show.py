@@ -25,6 +25,7 @@ from treelora_platform.summary import modes_of, render_comparison, summarise
 
 if TYPE_CHECKING:
     from treelora.data.sources import ImportReport
+    from treelora.data.task import Task
     from treelora_platform.prepare import PreparedStream
 
 
@@ -150,7 +151,12 @@ def show_tasks(folder: Path, rows: int, console: Console) -> None:
         raise DataError(f"{folder}: no task is there; `treelora data import` makes some")
     for place in found:
         task = open_task(place)
-        console.print(f"[bold]{escape(task.name)}[/]  {task.kind}, {task.metric}; {escape(', '.join(task.choices))}")
+        protocol = f" ({task.protocol})" if task.protocol else ""
+        choices = escape(", ".join(task.choices))
+        console.print(f"[bold]{escape(task.name)}[/]  {task.kind}{protocol}, {task.metric}; {choices}")
+        if task.kind == "image":
+            show_images(task, rows, console)
+            continue
         for split in task.splits:
             examples = task.read(split)
             console.print(f"  {split}: {len(examples)} rows")
@@ -159,3 +165,24 @@ def show_tasks(folder: Path, rows: int, console: Console) -> None:
                     f"    {escape(repr(example.prompt[:200]))} -> {escape(repr(example.answer))}",
                     highlight=False,
                 )
+
+
+def show_images(task: Task, rows: int, console: Console) -> None:
+    """Each split of an image task: images, classes, bytes and sizes, and the first rows.
+
+    Raises:
+        DataError: a file is damaged, or an image can't be decoded.
+    """
+    from treelora.data.images.summary import describe_images
+
+    for split in task.splits:
+        found = describe_images(task.path(split), rows)
+        sizes = ", ".join(f"{width} x {height}: {count}" for (height, width), count in found.sizes)
+        others = f", {found.other_sizes} of other sizes" if found.other_sizes else ""
+        console.print(
+            f"  {split}: {found.images} images of {found.classes} classes, {found.bytes:,} bytes; "
+            f"pixels wide x high: {sizes}{others}",
+            highlight=False,
+        )
+        for place, label, size in found.first:
+            console.print(f"    {escape(place)} ({size:,} bytes) -> {escape(repr(label))}", highlight=False)

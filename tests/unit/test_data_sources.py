@@ -10,10 +10,11 @@ import pytest
 
 from treelora.data import open_task
 from treelora.data.importers.trace import guess
-from treelora.data.sources import IMPORTERS, import_tasks
+from treelora.data.sources import IMPORTERS, Source, import_tasks
 from treelora.errors import ConfigError, DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "cl_benchmark"
+TEXT = [name for name, importer in IMPORTERS.items() if isinstance(importer, Source)]
 
 
 def dump(path: Path, value: object) -> None:
@@ -185,7 +186,7 @@ class TestEntryPoint:
         with pytest.raises(ConfigError, match=r"options\.splits names \['dev'\]"):
             import_tasks("olora", str(tmp_path), None, tmp_path / "out", options={"splits": {"dev": "test"}})
 
-    @pytest.mark.parametrize("source", [name for name in IMPORTERS if name != "hf"])
+    @pytest.mark.parametrize("source", [name for name in TEXT if name != "hf"])
     def test_empty_and_missing_folders(self, tmp_path: Path, source: str) -> None:
         with pytest.raises(DataError, match=r"no folder with a (labels|train)\.\w+ below it"):
             import_tasks(source, str(tmp_path), None, tmp_path / "out")

@@ -201,7 +201,7 @@ class TestRefused:
         whole = meta().to_dict(1)
         for key, value, message in (
             ("format", 2, "format 2"),
-            ("kind", "image", "kind is 'image'"),
+            ("kind", "video", "kind is 'video'"),
             ("metric", "bleu", "metric is 'bleu'"),
             ("choices", 7, "incomplete"),
         ):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from treelora.data.files import join
 from treelora.data.images.importing import IMAGE_OPTIONS, ImageReader, import_base, import_images
+from treelora.data.images.own import copy_tasks, own_tasks
 from treelora.data.images.sources import cifar, cub, digits, folders, hub_images, tables
 from treelora.data.importers import hub, olora, tabular, trace
 from treelora.data.importers.common import Options, RawTask, usable
@@ -67,13 +68,17 @@ def import_tasks(
     """Write ``<out>/<slug>/{train,validation,test}.parquet`` for the named tasks (all where None).
 
     Rows that can't be used are counted and skipped. A task is written only when all its splits are good; the
-    same source gives the same bytes. Options for all sources: ``splits`` ({"test": "dev"}) and ``limit``
-    (rows to keep of each split, from the front). Raises ConfigError for an unknown source or option,
+    same source gives the same bytes. Options for all text sources: ``splits`` ({"test": "dev"}) and ``limit``
+    (rows to keep of each split, from the front). Images of a data set become tasks by the options of
+    ``treelora.data.images.protocols.plan_tasks``; their ``limit`` is balanced over the classes, and all tasks are
+    written or none. Raises ConfigError for an unknown source or option,
     DataError for data that can't be read, a task without usable rows, and two tasks of one name or folder.
     """
     options = {} if options is None else options
     importer = _importer(source, options)
     if isinstance(importer, ImageSource):
+        if source == "images" and (own := own_tasks(path)):
+            return copy_tasks(own, names, out, options)
         return import_images(source, importer.read, path, names, out, options)
     seen: dict[str, str] = {}
     reports = []

@@ -19,7 +19,7 @@ from treelora.data.importers.common import (
     read_text,
     split_files,
 )
-from treelora.data.parquet import open_columns, read_split
+from treelora.data.parquet import open_columns, read_meta, read_split
 from treelora.data.schema import METADATA_KEY, Kind
 from treelora.errors import ConfigError, DataError
 
@@ -120,6 +120,8 @@ def read_parquet(path: str, names: Sequence[str] | None, options: Options) -> It
         if METADATA_KEY not in (schema.metadata or {}):
             yield from _tables(".parquet", _parquet)(folder, None, options)
             continue
+        if read_meta(files["train"])[0].kind == "image":
+            raise DataError(f"{folder}: holds images; import it with source 'images'")
         read = {split: read_split(file) for split, file in files.items()}
         meta = read["train"][1]
         splits = {
