@@ -22,7 +22,7 @@ demo: $(STAMP) ## Learn six tasks in a row with TreeLoRA and with plain LoRA, an
 	$(BIN)/treelora demo
 
 test: lint ## Linter, types, import contracts, then all tests but the slow ones; stops at the first failure.
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15
+	$(BIN)/python -m pytest -n 2 --dist loadscope --durations=15
 
 lint: $(STAMP) ## Linter, formatter's check, types, import contracts.
 	$(BIN)/ruff check .

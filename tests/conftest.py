@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 TRACKING = "MLFLOW_TRACKING_URI"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: a module stays together, and Ray's tests follow one another."""
-    for item in items:
-        module = item.nodeid.split("::")[0]
-        alone = module.startswith("tests/orchestration/")
-        item.add_marker(pytest.mark.xdist_group("orchestration" if alone else module))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `pytest -n 2`: a module stays together, and tests that start Ray follow one another."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RayAlone(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "orchestration" if nodeid.startswith("tests/orchestration/") else nodeid.split("::")[0]
+
+    return RayAlone(config, log)
 
 
 @pytest.fixture(autouse=True)
