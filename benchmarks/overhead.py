@@ -67,8 +67,9 @@ def bare_loop(config: ExperimentConfig, threads: int, steps: int) -> list[float]
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from treelora.models.causal import ModelSpec, load_model, load_tokenizer
-    from treelora_platform.assemble import build_data
+    from treelora.models.causal import load_model, load_tokenizer
+    from treelora.models.spec import ModelSpec
+    from treelora_platform.stream_data import text_data
 
     torch.set_num_threads(threads)
     model = load_model(ModelSpec(config.model.name, config.model.dtype))
@@ -77,7 +78,7 @@ def bare_loop(config: ExperimentConfig, threads: int, steps: int) -> list[float]
     model = get_peft_model(model, settings)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.train.learning_rate)
     tasks = list(prepare_stream(config).stream)
-    units, _ = build_data(config, tasks, load_tokenizer(config.model.name), cache_folder(config) / "tokens")
+    units, _ = text_data(config, tasks, load_tokenizer(config.model.name), cache_folder(config) / "tokens")
     unit, taken = units[1], []
     model.train()
     for step in range(steps):
@@ -97,7 +98,8 @@ def import_and_load(config: ExperimentConfig) -> float:
     """Seconds to import torch, transformers, peft, deepspeed and ray and to load the model, in one fresh process."""
     code = (
         "import torch, transformers, peft, deepspeed, ray, ray.train\n"
-        "from treelora.models.causal import ModelSpec, load_model, load_tokenizer\n"
+        "from treelora.models.causal import load_model, load_tokenizer\n"
+        "from treelora.models.spec import ModelSpec\n"
         f"load_model(ModelSpec({config.model.name!r}, {config.model.dtype!r})); load_tokenizer({config.model.name!r})\n"
     )
     begin = time.perf_counter()

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,12 @@ class LoraSpec:
     layers: tuple[int, ...] | None = None
 
 
-def attach_lora(model: nn.Module, spec: LoraSpec, seed: int) -> Any:
+def attach_lora(model: nn.Module, spec: LoraSpec, seed: int, head: str | None = None) -> Any:
     """Put adapters on a frozen model and start them from the shared seeded A and zero B.
+
+    Args:
+        head: Name of an image classifier's last layer, which is trained as a whole beside them; it starts from small
+            seeded weights, the same for a class however many there are.
 
     Returns:
         The `peft.PeftModel`; its LoRA parameters are float32, whatever the base weights are.
@@ -47,7 +52,8 @@ def attach_lora(model: nn.Module, spec: LoraSpec, seed: int) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=None if head else TaskType.CAUSAL_LM,
+        modules_to_save=[head] if head else None,
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]  # declared int, but only ever divided
         lora_dropout=spec.dropout,
@@ -64,7 +70,17 @@ def attach_lora(model: nn.Module, spec: LoraSpec, seed: int) -> Any:
     for name, parameter in adapter_parameters(adapted).items():
         parameter.data = parameter.data.float()
         parameter.data.copy_(fresh_tensor(name, parameter.shape, seed))
+    for name, parameter in head_parameters(adapted).items():
+        parameter.data = fresh_head(name, parameter.shape, seed)
+    if head:
+        copy: nn.Module = adapted.get_submodule(f"base_model.model.{head}.modules_to_save.{ADAPTER}")
+        copy.register_forward_pre_hook(_in_float)
     return adapted
+
+
+def _in_float(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # the head is float32, what comes to it may not be
+    return (args[0].float(), *args[1:])
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -76,6 +92,20 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters of a classifier's head, by the names that peft saves them under; {} without one."""
+    inner = f".modules_to_save.{ADAPTER}."
+    return {name.replace(inner, "."): p for name, p in model.named_parameters() if inner in name}
+
+
+def fresh_head(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """Where a head starts: biases zero, a class's weights normal with deviation 0.02, whatever the other classes."""
+    if len(shape) == 1:
+        return torch.zeros(tuple(shape))
+    generators = (torch.Generator().manual_seed(_seed_of(f"{name}/{row}", seed)) for row in range(shape[0]))
+    return torch.stack([0.02 * torch.randn(shape[1], generator=generator) for generator in generators])
+
+
 def fresh_tensor(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """Where every adapter starts: B zero; A uniform as in peft, but the same for every task, worker and session.
 
@@ -83,7 +113,7 @@ def fresh_tensor(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """
     if ".lora_B." in name:
         return torch.zeros(tuple(shape))
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + _stable_hash(name)) % 2**63)
+    generator = torch.Generator().manual_seed(_seed_of(name, seed))
     bound = 1 / math.sqrt(shape[1])  # kaiming_uniform with a = sqrt(5), as peft and nn.Linear
     return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
 
@@ -154,6 +184,24 @@ def grown(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Adap
     return result
 
 
+def grown_head(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> AdapterState:
+    """A head with the rows of `fresh`, the same classes and then more, where it has none of its own.
+
+    Raises:
+        CheckpointError: it has other tensors, more classes, or another number of features.
+    """
+    if state.keys() != fresh.keys():
+        raise CheckpointError(f"the head has tensors {sorted(state)}, this run needs {sorted(fresh)}")
+    result: AdapterState = {}
+    for name, tensor in state.items():
+        if tensor.shape[1:] != fresh[name].shape[1:] or len(tensor) > len(fresh[name]):
+            raise CheckpointError(
+                f"head tensor {name}: found {list(tensor.shape)}, this run needs {list(fresh[name].shape)}"
+            )
+        result[name] = torch.cat([tensor, fresh[name][len(tensor) :]])
+    return result
+
+
 def save_adapter(state: Mapping[str, Tensor], peft_config: Any, folder: Path) -> None:
     """Write an adapter as peft does, so that `PeftModel.from_pretrained(base, folder)` loads it."""
     from safetensors.torch import save_file
@@ -186,7 +234,5 @@ def load_adapter(folder: Path) -> AdapterState:
         raise CheckpointError(f"{path}: no readable adapter ({error})") from None
 
 
-def _stable_hash(text: str) -> int:
-    import zlib
-
-    return zlib.crc32(text.encode())
+def _seed_of(name: str, seed: int) -> int:
+    return (seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63

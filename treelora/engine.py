@@ -1,6 +1,8 @@
 """`Engine`: what a method needs of whatever computes a step, and the plain torch engine in one process.
 
-Names of adapter tensors are peft's (`...lora_A.weight`); an adapter's state holds float32 CPU tensors.
+Names of adapter tensors are peft's (`...lora_A.weight`); an adapter's state holds float32 CPU tensors. An image
+classifier's head is trained beside the adapter and is no part of it: methods act on the adapter, and all adapters of a
+stream share the one head.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from treelora.adapters import AdapterState, adapter_parameters
+from treelora.adapters import AdapterState, adapter_parameters, head_parameters
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -50,7 +52,10 @@ class Engine(Protocol):
         ...
 
     def adapter_gradients(self) -> dict[str, Tensor]:
-        """Averaged gradients after the last backward, before the step; float32, on the device. Collective."""
+        """The adapter's averaged gradients after the last backward, before the step; float32, on the device.
+
+        Collective.
+        """
         ...
 
     def set_adapter_gradients(self, gradients: Mapping[str, Tensor]) -> None:
@@ -83,8 +88,12 @@ class Engine(Protocol):
         """
         ...
 
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The classifier's head, not to be written to; {} for language models. Collective."""
+        ...
+
     def write_adapter(self, state: Mapping[str, Tensor]) -> None:
-        """Set the adapter under training; names that are left out stay. Collective."""
+        """Set the adapter under training, or its head; names that are left out stay. Collective."""
         ...
 
     def using_adapter(self, state: Mapping[str, Tensor] | None) -> Any:
@@ -117,8 +126,13 @@ def read_adapter(engine: Engine) -> AdapterState:
     return {name: tensor.detach().float().cpu().clone() for name, tensor in engine.adapter_tensors().items()}
 
 
+def read_head(engine: Engine) -> dict[str, Tensor]:
+    """A copy of the head, if there is one, as float32 CPU tensors. Collective."""
+    return {name: tensor.detach().float().cpu().clone() for name, tensor in engine.head_tensors().items()}
+
+
 def make_optimizer(parameters: Sequence[nn.Parameter], spec: OptimizerSpec) -> torch.optim.AdamW:
-    """AdamW over adapter parameters; the learning rate is set at every step."""
+    """AdamW over adapter and head; the learning rate is set at every step."""
     return torch.optim.AdamW(
         parameters, lr=0.0, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, foreach=True
     )
@@ -134,8 +148,9 @@ class TorchEngine:
         self.device = device or next(module.parameters()).device
         self.module = module.to(self.device)
         self.spec = spec
-        self.parameters = adapter_parameters(module)
-        self.optimizer = make_optimizer(list(self.parameters.values()), spec)
+        self.parameters, self.head = adapter_parameters(module), head_parameters(module)
+        self.trained = self.parameters | self.head
+        self.optimizer = make_optimizer(list(self.trained.values()), spec)
 
     def forward_model(self) -> Callable[..., Any]:
         """See `Engine`."""
@@ -156,7 +171,7 @@ class TorchEngine:
 
     def step(self, lr: float) -> Tensor | float:
         """See `Engine`."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.spec.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.spec.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if norm.isfinite():
@@ -180,10 +195,14 @@ class TorchEngine:
         """See `Engine`."""
         return self.parameters
 
+    def head_tensors(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return {name: parameter.detach() for name, parameter in self.head.items()}
+
     def write_adapter(self, state: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
         for name, tensor in state.items():
-            self.parameters[name].data.copy_(tensor)
+            self.trained[name].data.copy_(tensor)
 
     @contextmanager
     def using_adapter(self, state: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -201,7 +220,7 @@ class TorchEngine:
     def optimizer_state(self) -> dict[str, Tensor]:
         """See `Engine`."""
         saved: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.trained.items():
             state = self.optimizer.state.get(parameter)
             if state:
                 saved |= {f"{moment}/{name}": state[moment].cpu().clone() for moment in MOMENTS}
@@ -213,7 +232,7 @@ class TorchEngine:
         self.reset_optimizer()
         if not state:
             return
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.trained.items():
             moments = {moment: state[f"{moment}/{name}"].to(self.device, copy=True) for moment in MOMENTS}
             self.optimizer.state[parameter] = {"step": state["step"].reshape(()).clone(), **moments}
 

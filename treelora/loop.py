@@ -17,15 +17,17 @@ import torch
 from torch import nn
 
 from treelora.adapters import AdapterState
-from treelora.data.batches import Batch, collate
-from treelora.engine import Engine, read_adapter
+from treelora.alignment import HeadAlignment
+from treelora.data.batches import Batch
+from treelora.engine import Engine, read_adapter, read_head
 from treelora.errors import TreeLoRAError
 from treelora.evaluation.evaluator import Evaluator
 from treelora.evaluation.matrix import Score
+from treelora.lookahead import Lookahead
 from treelora.loop_records import LoopOptions, Position, StepRecord, TaskRecord
 from treelora.methods.base import Method, TaskContext
 from treelora.schedule import learning_rate
-from treelora.training_data import Unit, on_device
+from treelora.training_data import Unit
 
 
 class Hooks(Protocol):
@@ -63,6 +65,8 @@ class StreamLoop:
     bank: list[AdapterState] = field(default_factory=list)
     """Adapters of the units trained so far."""
     position: Position = field(default_factory=Position)
+    alignment: HeadAlignment | None = None
+    """Of image classifiers, where asked for."""
     _leaving: bool = False
 
     def run(self) -> None:
@@ -85,11 +89,15 @@ class StreamLoop:
         index, start = self.position.unit, self.position.step
         begin = time.perf_counter() - self.position.train_seconds
         engine, method = self.engine, self.method
+        micro_batches = Lookahead(
+            lambda step: unit.micro_batches(step, engine.rank, engine.world_size, engine.device),
+            unit.plan.steps if unit.collator.prefetched else 0,
+        )
         context = TaskContext(
             index=index,
             name=unit.name,
             steps=unit.plan.steps,
-            micro_batches=lambda step: unit.micro_batches(step, engine.rank, engine.world_size, engine.device),
+            micro_batches=micro_batches,
             normaliser=lambda step: unit.normaliser(step, engine.world_size),
             global_batch=unit.plan.global_batch,
             sizes=tuple(earlier.plan.n_rows for earlier in self.units[: index + 1]),
@@ -120,7 +128,10 @@ class StreamLoop:
             if step < unit.plan.steps and (self._leaving or (every and step % every == 0)):
                 self._commit(self.position)
                 self._leave_if_asked()
+        micro_batches.close()
         method.end_task(engine)
+        if self.alignment and not method.at_once:
+            self._align(self.alignment, unit)
         self.bank.append(read_adapter(engine))
         method.merge_bank(self.bank)
         self.position = replace(self.position, passes=passes.stop(), train_seconds=time.perf_counter() - begin)
@@ -131,7 +142,9 @@ class StreamLoop:
         self._seed(task.index, step)
         lr = learning_rate(step, task.steps, options.learning_rate, options.warmup, options.min_lr)
         method.before_step(step)
+        waiting = time.perf_counter()
         batches, normaliser = task.micro_batches(step - 1), task.normaliser(step - 1)
+        waited = time.perf_counter() - waiting
         # the second number rides along, so that all ranks learn at the same step that one of them must go
         total = torch.tensor([0.0, float(self.hooks.leaving())], device=engine.device)
         for number, batch in enumerate(batches):
@@ -164,19 +177,29 @@ class StreamLoop:
             tokens=unit.tokens(step - 1),
             rows=unit.plan.global_batch,
             peak_memory_mb=peak_memory_mb(engine.device),
+            data_seconds=waited,
             arms=metrics.arms,
             **{name: float(v) for name, v in metrics.scalars.items()},
             step_seconds=time.perf_counter() - begin,
         )
 
+    def _align(self, alignment: HeadAlignment, unit: Unit) -> None:
+        index = self.position.unit
+        self.hooks.stage(index, unit.name, "aligning the head")
+        for task, split in zip(unit.tasks, unit.splits, strict=True):
+            features_nF = self.evaluator.adapted_features(split)
+            alignment.learn_task(task, features_nF, torch.from_numpy(split.rows.classes[split.chosen]))
+        # rank 0's, because another kind of CPU may round otherwise
+        self.engine.write_adapter(self.engine.broadcast(alignment.aligned(read_head(self.engine), index)))
+
     def _fetch(self, rows: Sequence[tuple[int, int]]) -> Batch:
-        pairs = [self.units[unit].pair(row) for unit, row in rows]
-        return on_device(collate(pairs, self.units[0].pad_id), self.engine.device)
+        items = [self.units[unit].item(row) for unit, row in rows]
+        return self.units[self.position.unit].collator(items, self.engine.device, None)
 
     def _judge(self, unit: Unit) -> None:
         index = self.position.unit
         begin = time.perf_counter()
-        if self.method.trains and not self.method.joint:  # else there is one adapter at most, and nothing to choose
+        if not self.method.at_once:  # else there is one adapter at most, and nothing to choose
             for task, split in zip(unit.tasks, unit.splits, strict=True):
                 self.hooks.stage(index, unit.name, "teaching the router")
                 self.evaluator.learn_task(self.evaluator.tests[task].task.name, split)

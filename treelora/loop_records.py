@@ -49,6 +49,8 @@ class StepRecord:
     tokens: int
     rows: int
     peak_memory_mb: float
+    data_seconds: float | None = None
+    """Waiting for the step's rows; part of `step_seconds`."""
     penalty_loss: float | None = None
     """The penalty's value, in the units of the loss; not part of `loss`."""
     penalty_ratio: float | None = None

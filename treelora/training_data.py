@@ -1,19 +1,19 @@
-"""What the loop learns from and is judged on: chosen rows of tokenised splits, as batches on a device."""
+"""What the loop learns from and is judged on: chosen rows of splits, as batches on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from treelora.data.batches import Batch, BatchPlan, collate
+from treelora.data.batches import Batch, BatchPlan, TextBatch, collate, row_draws
 from treelora.data.schema import Example
 from treelora.data.task import Task
-from treelora.data.tokenize import TokenizedRows
 from treelora.errors import DataError
 
 Indices = npt.NDArray[np.int64]
@@ -21,17 +21,44 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Split:
-    """Chosen rows of a tokenised split."""
+    """Chosen rows of a split: `TokenizedRows`, or the images of a task."""
 
-    rows: TokenizedRows
+    rows: Any
     chosen: Indices
 
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def prompts(self, limit: int | None = None) -> list[list[int]]:
-        """Token ids of the prompts."""
-        return [self.rows.prompt_ids(int(i)).tolist() for i in self.chosen[:limit]]
+
+class Collator(Protocol):
+    """Makes a batch of rows' items."""
+
+    @property
+    def draws(self) -> int:
+        """Random numbers that a row takes at each step, for augmentation."""
+        ...
+
+    @property
+    def prefetched(self) -> bool:
+        """Whether making a batch takes so long that the next step's should be made meanwhile."""
+        ...
+
+    def __call__(self, items: Sequence[Any], device: torch.device, draws_Bd: npt.NDArray[np.float64] | None) -> Batch:
+        """A batch on a device; without draws nothing is augmented."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextCollator:
+    """Pads pairs of (prompt ids, answer ids)."""
+
+    pad_id: int
+    draws = 0
+    prefetched = False
+
+    def __call__(self, items: Sequence[Any], device: torch.device, draws_Bd: npt.NDArray[np.float64] | None) -> Batch:
+        """See `Collator`."""
+        return on_device(collate(items, self.pad_id), device)
 
 
 @dataclass(frozen=True)
@@ -61,7 +88,7 @@ def choose_rows(labels: npt.ArrayLike, limit: int | None, seed: int) -> Indices:
     return np.sort(np.lexsort((ranks, place_in_label))[:limit]).astype(np.int64)
 
 
-def test_split(task: Task, rows: TokenizedRows, limit: int | None, seed: int) -> TestSplit:
+def test_split(task: Task, rows: Any, limit: int | None, seed: int) -> TestSplit:
     """The test rows of a task, balanced over its answers where `limit` leaves some out."""
     by_id = {example.id: example for example in task.read("test")}
     texts = [by_id[rows.row_id(i)] for i in range(len(rows))]
@@ -71,6 +98,17 @@ def test_split(task: Task, rows: TokenizedRows, limit: int | None, seed: int) ->
 
 
 test_split.__test__ = False  # type: ignore[attr-defined]
+
+
+def image_test_split(task: Task, rows: Any, limit: int | None, seed: int) -> TestSplit:
+    """The test images of a task, balanced over its classes where `limit` leaves some out; their answers are classes."""
+    chosen = choose_rows(rows.labels, limit, seed)
+    return TestSplit(
+        rows,
+        chosen,
+        task,
+        [Example(rows.row_id(int(i)), "", task.choices[rows.labels[i]], task.choices) for i in chosen],
+    )
 
 
 @dataclass(frozen=True)
@@ -86,7 +124,7 @@ class Unit:
     """Places of its tasks in the stream."""
     splits: tuple[Split, ...]
     plan: BatchPlan
-    pad_id: int
+    collator: Collator
     accumulation: int = 1
 
     def __post_init__(self) -> None:
@@ -96,14 +134,22 @@ class Unit:
     def micro_batches(self, step: int, rank: int, world: int, device: torch.device) -> list[Batch]:
         """A worker's micro-batches of a step (from 0)."""
         deal = self.plan.micro_batches(step, rank, world, self.accumulation, lengths=self._lengths)
-        return [on_device(collate([self.pair(int(row)) for row in rows], self.pad_id), device) for rows in deal]
+        return [self.batch(rows, device, step) for rows in deal]
+
+    def batch(self, rows: Iterable[int], device: torch.device, step: int | None = None) -> Batch:
+        """One batch of rows, counted through all splits; augmented as of a step, or not at all."""
+        rows = [int(row) for row in rows]
+        draws = None
+        if step is not None and self.collator.draws:
+            draws = row_draws(self.plan.seed, self.plan.task_index, step, rows, self.collator.draws)
+        return self.collator([self.item(row) for row in rows], device, draws)
 
     def normaliser(self, step: int, world: int) -> float:
-        """Answer tokens of the global batch a worker, so that the mean over workers is the mean over tokens."""
+        """Answers' tokens (or images) of the global batch a worker: the mean over workers is then that over tokens."""
         return self.plan.answer_tokens(step, self._answer_lengths) / world
 
     def tokens(self, step: int) -> int:
-        """Tokens of the global batch, padding left out."""
+        """Tokens (or images) of the global batch, padding left out."""
         return int(self._lengths[self.plan.rows(step)].sum())
 
     @cached_property
@@ -114,17 +160,16 @@ class Unit:
     def _answer_lengths(self) -> Indices:
         return np.concatenate([split.rows.answer_lengths[split.chosen] for split in self.splits])
 
-    def pair(self, row: int) -> tuple[npt.ArrayLike, npt.ArrayLike]:
-        """Token ids of a row's prompt and answer; rows count through all splits."""
+    def item(self, row: int) -> Any:
+        """What the collator takes of a row; rows count through all splits."""
         for split in self.splits:
             if row < len(split):
-                index = int(split.chosen[row])
-                return split.rows.prompt_ids(index), split.rows.answer_ids(index)
+                return split.rows.item(int(split.chosen[row]))
             row -= len(split)
         raise IndexError(row)
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
+def on_device(batch: TextBatch, device: torch.device) -> TextBatch:
     """The batch with its tensors on a device."""
     tensors = {name: v.to(device, non_blocking=True) for name, v in batch.items() if isinstance(v, torch.Tensor)}
-    return Batch(answer_width=batch["answer_width"], **tensors)  # type: ignore[typeddict-item]
+    return TextBatch(answer_width=batch["answer_width"], **tensors)  # type: ignore[typeddict-item]

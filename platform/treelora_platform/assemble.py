@@ -10,36 +10,44 @@ import torch
 from torch import Tensor, nn
 
 from treelora.adapters import LoraSpec, attach_lora, layer_names
+from treelora.alignment import HeadAlignment
 from treelora.bandit import Search
-from treelora.data.batches import BatchPlan
 from treelora.data.task import Task
-from treelora.data.tokenize import PromptStyle, TokenizedRows, tokenize_split
 from treelora.engine import Engine, OptimizerSpec
 from treelora.errors import ConfigError
-from treelora.evaluation.evaluator import EvaluationOptions, Evaluator
+from treelora.evaluation.evaluator import Evaluator
+from treelora.evaluation.reader import EvaluationOptions, Reader, TextReader
+from treelora.image_data import StreamClasses
 from treelora.loop import Hooks, StreamLoop
 from treelora.loop_records import LoopOptions
 from treelora.memory import MemoryConfig
 from treelora.methods import METHODS, Memory, Method, TreeLoRA, TreeLoRAOptions
 from treelora.methods.slices import Accumulating
 from treelora.methods.treelora_official import OfficialTreeLoRA
-from treelora.models.causal import ModelSpec, load_model, load_tokenizer
-from treelora.training_data import Split, TestSplit, Unit, choose_rows, test_split
+from treelora.models.causal import load_model, load_tokenizer
+from treelora.models.spec import ModelSpec
+from treelora.models.vision import head_name, load_image_model
 from treelora.tree import TreeKind
-from treelora_platform.config import ExperimentConfig, StreamConfig
-from treelora_platform.prepare import joint_steps, steps_of
+from treelora_platform.config import ExperimentConfig
+from treelora_platform.stream_data import image_data, text_data
 
 MakeEngine = Callable[[nn.Module, OptimizerSpec], Engine]
 MakeMemory = Callable[[MemoryConfig], Memory]
 
 
-def load_adapted_model(config: ExperimentConfig, tasks: int) -> Any:
-    """The frozen base model with its LoRA adapters, with room for all tasks where a method gives each its own rank."""
+def load_adapted_model(config: ExperimentConfig, tasks: int, classes: int = 0) -> Any:
+    """The frozen base model with its LoRA adapters, and for images a head for so many classes.
+
+    There is room for all tasks where a method gives each its own rank.
+    """
     model, lora = config.model, config.lora
     times = tasks if METHODS[config.method].accumulates else 1
     spec = ModelSpec(model.name, model.dtype, model.gradient_checkpointing, model.random_weights, config.seed)
     shape = LoraSpec(times * lora.rank, times * lora.alpha, lora.dropout, lora.target_modules, lora.layers)
-    return attach_lora(load_model(spec), shape, config.seed)
+    if not config.images:
+        return attach_lora(load_model(spec), shape, config.seed)
+    base = load_image_model(spec, classes)
+    return attach_lora(base, shape, config.seed, head=head_name(base))
 
 
 def optimizer_spec(config: ExperimentConfig) -> OptimizerSpec:
@@ -58,43 +66,61 @@ def assemble(
     """A loop at the start of its stream. Collective.
 
     Args:
-        cache: Folder for tokenised rows, shared by all workers.
+        cache: Folder for tokenised or decoded rows, shared by all workers.
         make_memory: Called on rank 0 only, by method `treelora`.
     """
-    tokenizer = load_tokenizer(config.model.name)
-    engine = make_engine(load_adapted_model(config, len(tasks)), optimizer_spec(config))
+    tokenizer = None if config.images else load_tokenizer(config.model.name)
+    classes = len(StreamClasses.of(tasks).names) if config.images else 0
+    engine = make_engine(load_adapted_model(config, len(tasks), classes), optimizer_spec(config))
     if engine.rank != 0:
-        engine.broadcast(None)  # rank 0 tokenises first, the others find its cache
-    units, tests = build_data(config, tasks, tokenizer, cache)
+        engine.broadcast(None)  # rank 0 tokenises or decodes first, the others find its cache
+    options = evaluation_options(config)
+    reader: Reader
+    if config.images:
+        units, tests, reader = image_data(config, tasks, engine, cache, options)
+    else:
+        units, tests = text_data(config, tasks, tokenizer, cache)
+        partitioned = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
+        reader = TextReader(engine, tests, options, tokenizer, partitioned)
     if engine.rank == 0:
         engine.broadcast(None)
-    evaluation = config.evaluation
-    evaluator = Evaluator(
+    alignment = HeadAlignment(config.vision, config.seed) if config.images and config.vision.align else None
+    return StreamLoop(
         engine,
-        tests,
-        EvaluationOptions(
-            evaluation.modes,
-            evaluation.batch_rows,
-            evaluation.max_new_tokens,
-            evaluation.router_layer,
-            evaluation.router_rows,
-            evaluation.router_margin,
-        ),
-        tokenizer,
-        tokenizer.pad_token_id,
-        partitioned=config.engine.kind == "deepspeed" and config.engine.zero_stage == 3,
+        _method(config, engine, make_memory),
+        units,
+        Evaluator(engine, tests, options, reader),
+        loop_options(config),
+        hooks,
+        alignment=alignment,
     )
+
+
+def evaluation_options(config: ExperimentConfig) -> EvaluationOptions:
+    """How rows are judged."""
+    evaluation = config.evaluation
+    return EvaluationOptions(
+        evaluation.modes,
+        evaluation.batch_rows,
+        evaluation.max_new_tokens,
+        evaluation.router_layer,
+        evaluation.router_rows,
+        evaluation.router_margin,
+    )
+
+
+def loop_options(config: ExperimentConfig) -> LoopOptions:
+    """How a stream is trained."""
     train = config.train
-    options = LoopOptions(
+    return LoopOptions(
         learning_rate=train.learning_rate,
         warmup=train.warmup,
         min_lr=train.min_lr,
         max_bad_steps=train.max_bad_steps,
         commit_every=config.checkpoint.every_steps,
         seed=config.seed,
-        forward=evaluation.forward,
+        forward=config.evaluation.forward,
     )
-    return StreamLoop(engine, _method(config, engine, make_memory), units, evaluator, options, hooks)
 
 
 def memory_config(config: ExperimentConfig, engine: Engine) -> MemoryConfig:
@@ -143,43 +169,6 @@ def _method(config: ExperimentConfig, engine: Engine, make_memory: MakeMemory) -
     if issubclass(kind, Accumulating):
         return kind(options, config.seed, rank=config.lora.rank)
     return kind(options, config.seed)
-
-
-def build_data(
-    config: ExperimentConfig, tasks: list[Task], tokenizer: Any, cache: Path
-) -> tuple[list[Unit], list[TestSplit]]:
-    """Tokenised training units and test splits of a stream, from the cache where it has them."""
-    style = PromptStyle(config.model.template, config.model.system_prompt)
-    refuse = config.model.long_rows == "refuse"
-
-    def tokens(task: Task, split: str) -> TokenizedRows:
-        return tokenize_split(task, split, tokenizer, style, config.model.max_length, cache, refuse_long=refuse)
-
-    splits, tests = [], []
-    for task, settings in zip(tasks, _settings_by_task(config, tasks), strict=True):
-        rows = tokens(task, "train")
-        splits.append(Split(rows, choose_rows(rows.labels, settings.train_rows, settings.seed)))
-        tests.append(test_split(task, tokens(task, "test"), settings.test_rows, settings.seed))
-    return _units(config, tasks, splits, tokenizer.pad_token_id), tests
-
-
-def _settings_by_task(config: ExperimentConfig, tasks: list[Task]) -> list[StreamConfig]:
-    later = [settings for settings in config.extensions for _ in settings.order]
-    return [config.stream] * (len(tasks) - len(later)) + later
-
-
-def _units(config: ExperimentConfig, tasks: list[Task], splits: list[Split], pad_id: int) -> list[Unit]:
-    batch, accumulation = config.train.global_batch, config.train.accumulation
-    sizes = [len(split) for split in splits]
-    if METHODS[config.method].joint or not METHODS[config.method].trains:
-        everything = tuple(range(len(tasks)))
-        plan = BatchPlan(sum(sizes), batch, max_steps=joint_steps(config, sizes), seed=config.seed, task_index=0)
-        return [Unit("all tasks", everything, tuple(splits), plan, pad_id, accumulation)]
-    units = []
-    for i, (task, split) in enumerate(zip(tasks, splits, strict=True)):
-        plan = BatchPlan(len(split), batch, **steps_of(config, i, len(split)), seed=config.seed, task_index=i)
-        units.append(Unit(task.name, (i,), (split,), plan, pad_id, accumulation))
-    return units
 
 
 def device_for(config: ExperimentConfig) -> torch.device:

@@ -27,7 +27,7 @@ from treelora.loop_records import Position
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-PARTS = ("adapter", "optimizer", "method", "memory", "evaluator")
+PARTS = ("adapter", "head", "alignment", "optimizer", "method", "memory", "evaluator")
 
 
 @dataclass(frozen=True)

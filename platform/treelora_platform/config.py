@@ -18,7 +18,9 @@ from pydantic import Field, model_validator
 from treelora.errors import ConfigError
 from treelora.options import Options, peers
 from treelora.options.tree import TreeLoRAOptions
+from treelora.options.vision import VisionOptions
 from treelora_platform.config_sections import (
+    IMAGE_SOURCES,
     CheckpointSettings,
     ClusterSettings,
     EngineSettings,
@@ -33,10 +35,11 @@ from treelora_platform.settings_file import parse_value, read_mapping, validated
 
 MethodName = Literal[
     "treelora", "sequential", "frozen", "joint", "olora", "inflora", "sdlora", "slao", "ewc", "agem", "gem", "ogd",
-    "replay", "lwf", "tasl",
+    "replay", "lwf", "tasl", "ncm",
 ]  # fmt: skip
 # Whether a method's class says `accumulates`; said here as well, because this file must not import torch.
 ACCUMULATING = frozenset({"olora", "inflora", "sdlora"})
+TEXT_METHODS, IMAGE_METHODS = frozenset({"frozen", "lwf"}), frozenset({"ncm"})
 IDLE_CLUSTER_SETTINGS = frozenset({"max_failures", "min_workers", "wait_seconds", "stall_seconds", "storage"})
 """Of section `cluster`: where a run is kept, and what is done when something goes wrong."""
 
@@ -51,6 +54,7 @@ class ExperimentConfig(Options):
     stream: StreamConfig = StreamConfig()
     extensions: tuple[StreamConfig, ...] = Field((), description="Tasks that came later; `treelora extend` adds them.")
     model: ModelConfig = ModelConfig()
+    vision: VisionOptions = VisionOptions()
     lora: LoraSettings = LoraSettings()
     treelora: TreeLoRAOptions = TreeLoRAOptions()
     olora: peers.OLoRAOptions = peers.OLoRAOptions()
@@ -104,11 +108,43 @@ class ExperimentConfig(Options):
             )
         if self.evaluation.in_context_examples and self.method != "frozen":
             raise ValueError(f"evaluation.in_context_examples is for method frozen, not {self.method}")
+        self._modality_fits()
         return self
+
+    @property
+    def images(self) -> bool:
+        """Whether the stream is of images; else it is of text."""
+        return self.stream.source in IMAGE_SOURCES
+
+    def _modality_fits(self) -> None:
+        if any((later.source in IMAGE_SOURCES) != self.images for later in self.extensions):
+            raise ValueError("extensions: a stream is of text or of images, not of both; begin another run")
+        if self.method in (TEXT_METHODS if self.images else IMAGE_METHODS):
+            takes, other = ("text", "ncm") if self.images else ("images", "frozen")
+            raise ValueError(
+                f"method {self.method} is for streams of {takes}, and source {self.stream.source!r} isn't one; "
+                f"its counterpart here is {other}"
+            )
+        if self.images and self.train.weight_decay and self.vision.mask == "local":
+            raise ValueError(
+                f"train.weight_decay {self.train.weight_decay:g} would shrink the head's rows of earlier classes, "
+                "which vision.mask local leaves alone; set it to 0"
+            )
+        if self.vision.align and self.method == "joint":
+            raise ValueError("vision.align is for heads that learnt one task after another, not for method joint")
 
     def as_dict(self) -> dict[str, Any]:
         """The configuration as JSON-able plain values."""
         return self.model_dump(mode="json")
+
+    def in_use(self) -> dict[str, Any]:
+        """`as_dict` without the settings of other methods, and of images where the stream is of text."""
+        others = set(get_args(MethodName)) - {self.method} | (set() if self.images else {"vision"})
+        plain = {key: value for key, value in self.as_dict().items() if key not in others}
+        if not self.images:
+            for stream in (plain["stream"], *plain["extensions"]):
+                del stream["classes"]
+        return plain
 
     def flat(self) -> dict[str, Any]:
         """Dotted keys to plain values: what MLflow records as parameters."""
@@ -119,8 +155,7 @@ class ExperimentConfig(Options):
 
         Where it is kept and tracked, what is done about faults, and other methods' settings don't.
         """
-        idle = {"output_dir", "tracking", "checkpoint", "name", *get_args(MethodName)} - {self.method}
-        plain = {k: v for k, v in self.as_dict().items() if k not in idle}
+        plain = {k: v for k, v in self.in_use().items() if k not in ("output_dir", "tracking", "checkpoint", "name")}
         plain["cluster"] = {k: v for k, v in plain["cluster"].items() if k not in IDLE_CLUSTER_SETTINGS}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 

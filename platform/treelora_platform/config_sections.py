@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
@@ -12,7 +12,11 @@ from treelora.options.tree import Inference
 from treelora_platform.redaction import hide_credentials, is_secret
 from treelora_platform.storage.address import check_address
 
-Source = Literal["builtin", "parquet", "olora", "trace", "jsonl", "csv", "hf"]
+TextSource = Literal["builtin", "parquet", "olora", "trace", "jsonl", "csv", "hf"]
+ImageSource = Literal["digits", "images", "image_folder", "hf_images", "cifar100", "imagenet_r", "cub200"]
+Source = TextSource | ImageSource
+IMAGE_SOURCES = frozenset(get_args(ImageSource))
+PACKAGED_SOURCES = frozenset({"builtin", "digits"})
 
 
 def _secrets(options: Mapping[str, Any]) -> Iterator[str]:
@@ -21,6 +25,37 @@ def _secrets(options: Mapping[str, Any]) -> Iterator[str]:
             yield from _secrets(value)
         elif isinstance(value, str) and is_secret(key):
             yield key
+
+
+class ClassSettings(Options):
+    """How the classes of a data set of images make tasks."""
+
+    protocol: Literal["class_incremental", "domain_incremental", "task_incremental"] = Field(
+        "class_incremental",
+        description="Each task brings new classes, and a test image may be of any seen so far; or each brings a domain "
+        "of the same classes; or new classes, and the task of a test image is told.",
+    )
+    tasks: int | None = Field(None, ge=1, description="Number of tasks; or give `per_task`.")
+    per_task: int | None = Field(None, ge=2, description="Classes a task; or give `tasks`.")
+    seed: int | None = Field(None, ge=0, description="Shuffles the classes; null: natural order.")
+    base: tuple[str, ...] = Field((), description="Classes that appear in no task: the model was pre-trained on them.")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> ClassSettings:
+        if self.tasks is not None and self.per_task is not None:
+            raise ValueError(f"give `tasks` or `per_task`; found both, {self.tasks} and {self.per_task}")
+        return self
+
+    def as_options(self) -> dict[str, JsonValue]:
+        """As the importers of images take it."""
+        given: dict[str, JsonValue] = {
+            "protocol": self.protocol,
+            "tasks": self.tasks,
+            "classes_per_task": self.per_task,
+            "class_seed": self.seed,
+            "base_classes": list(self.base),
+        }
+        return {key: value for key, value in given.items() if value not in (None, [])}
 
 
 class StreamConfig(Options):
@@ -32,6 +67,7 @@ class StreamConfig(Options):
     train_rows: int | None = Field(None, ge=1, description="At most this many training rows a task (seeded choice).")
     test_rows: int | None = Field(None, ge=1, description="At most this many test rows a task, balanced over answers.")
     seed: int = Field(0, ge=0, description="Seeds the generator of the built-in stream and the choice of rows.")
+    classes: ClassSettings = ClassSettings()
     options: dict[str, JsonValue] = Field({}, description="Options of the importer, such as column names.")
 
     @field_validator("order")
@@ -54,7 +90,7 @@ class StreamConfig(Options):
 
     @model_validator(mode="after")
     def _path_given(self) -> StreamConfig:
-        if self.source != "builtin" and not self.path:
+        if self.source not in PACKAGED_SOURCES and not self.path:
             raise ValueError(f"source {self.source!r} needs `path`, the folder or file to read")
         return self
 
@@ -63,7 +99,9 @@ class ModelConfig(Options):
     """The pre-trained model that the stream is learnt on."""
 
     name: str = Field(
-        "smollm2", description="`smollm2` (packaged), `tiny` (random, tests), a Hugging Face id or a folder."
+        "smollm2",
+        description="`smollm2` (packaged), `tiny` (random, tests), a Hugging Face id or a folder; for images also "
+        "`digits-vit` (small, trained at its first use) and `timm:NAME`.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Of the frozen base weights; adapters are float32."

@@ -17,8 +17,9 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from treelora.adapters import adapter_parameters
+from treelora.adapters import adapter_parameters, head_parameters
 from treelora.engine import MOMENTS, OptimizerSpec, make_optimizer
+from treelora.models.vision import image_format
 from treelora_platform.config import ExperimentConfig
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def deepspeed_config(config: ExperimentConfig, world_size: int, trainable: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration for an experiment; `trainable` counts the adapters' numbers.
+    """DeepSpeed's own configuration for an experiment; `trainable` counts the numbers that change.
 
     No mixed precision is asked of DeepSpeed: the frozen weights are bfloat16 already, and the adapters stay float32.
     """
@@ -65,16 +66,17 @@ class DeepSpeedEngine:
         self.stage = config.engine.zero_stage
         self.accumulation = config.train.accumulation
         self.autocast = device.type == "cuda" and config.model.dtype == "bfloat16"
-        adapters = [p for p in module.parameters() if p.requires_grad]
-        optimizer = make_optimizer(adapters, spec)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = make_optimizer(trained, spec)
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=deepspeed_config(config, self.world_size, sum(p.numel() for p in adapters)),
+            config=deepspeed_config(config, self.world_size, sum(p.numel() for p in trained)),
             dist_init_required=False,
         )
         self.module = self.engine.module
-        self.parameters = adapter_parameters(self.module)
+        self.parameters, self.head = adapter_parameters(self.module), head_parameters(self.module)
+        self.trained = self.parameters | self.head
         self._materialise_moments()
 
     def forward_model(self) -> Callable[..., Any]:
@@ -108,7 +110,7 @@ class DeepSpeedEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         if self.stage == 0:  # without ZeRO, DeepSpeed neither tells the norm nor minds infinity
-            norm = torch.nn.utils.get_total_norm(self.adapter_gradients().values())
+            norm = torch.nn.utils.get_total_norm([safe_get_full_grad(p).float() for p in self.trained.values()])
             if not norm.isfinite():
                 self.drop_gradients()
                 return norm
@@ -134,12 +136,11 @@ class DeepSpeedEngine:
 
     def adapter_leaves(self) -> dict[str, nn.Parameter]:
         """See `Engine`."""
-        if self.stage == 3:
-            # forward passes without a backward pass confuse ZeRO's trace, and it then puts away what it should keep
-            away = [p for p in self.parameters.values() if p.numel() != p.ds_numel]  # type: ignore[attr-defined]
-            if away:
-                away[0].all_gather(away)  # type: ignore[attr-defined]
-        return self.parameters
+        return self._whole(self.parameters)
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return {name: parameter.detach() for name, parameter in self._whole(self.head).items()}
 
     def write_adapter(self, state: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
@@ -154,7 +155,7 @@ class DeepSpeedEngine:
         if state is None:
             yield
             return
-        kept = {name: tensor.clone() for name, tensor in self.adapter_tensors().items()}
+        kept = {name: tensor.clone() for name, tensor in self.adapter_tensors().items() if name in state}
         self._write_module(state)
         try:
             yield
@@ -168,7 +169,7 @@ class DeepSpeedEngine:
         if step == 0:
             return {}
         saved = {"step": torch.tensor([step])}
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.trained.items():
             for moment in MOMENTS:
                 value = (
                     moments[parameter][moment] if self.stage == 0 else safe_get_full_optimizer_state(parameter, moment)
@@ -182,7 +183,7 @@ class DeepSpeedEngine:
         if not state:
             return
         moments = self._moments()
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.trained.items():
             for moment in MOMENTS:
                 value = state[f"{moment}/{name}"].to(self.device)
                 if self.stage == 0:
@@ -212,19 +213,35 @@ class DeepSpeedEngine:
 
     def _materialise_moments(self) -> None:
         # ZeRO links its shards of the moments at the first step; a zero gradient at rate zero changes no weight
-        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        inputs = self._any_inputs()
         for micro in range(self.accumulation):
-            logits = self.forward_model()(input_ids=token, attention_mask=torch.ones_like(token)).logits
+            logits = self.forward_model()(**inputs).logits
             self.backward(logits.float().sum() * 0.0, last=micro == self.accumulation - 1)
         self.step(0.0)
         self.reset_optimizer()
+
+    def _any_inputs(self) -> dict[str, Tensor]:
+        if self.head:
+            form, dtype = image_format(self.module), next(self.module.parameters()).dtype
+            size = (1, form.channels, form.height, form.width)
+            return {"pixel_values": torch.zeros(size, dtype=dtype, device=self.device)}
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        return {"input_ids": token, "attention_mask": torch.ones_like(token)}
+
+    def _whole(self, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        if self.stage == 3:
+            # forward passes without a backward pass confuse ZeRO's trace, and it then puts away what it should keep
+            away = [p for p in parameters.values() if p.numel() != p.ds_numel]  # type: ignore[attr-defined]
+            if away:
+                away[0].all_gather(away)  # type: ignore[attr-defined]
+        return parameters
 
     def _moments(self) -> dict[Any, dict[str, Tensor]]:
         optimizer = self.engine.optimizer
         return getattr(optimizer, "optimizer", optimizer).state
 
     def _write_module(self, state: Mapping[str, Tensor]) -> None:
-        parameters = [self.parameters[name] for name in state]
+        parameters = [self.trained[name] for name in state]
         on_device = [tensor.to(self.device, torch.float32) for tensor in state.values()]
         with self._gathered(parameters):
             torch._foreach_copy_([parameter.data for parameter in parameters], on_device)

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from treelora.adapters import ADAPTER, grown, load_adapter, save_adapter
+from treelora.adapters import ADAPTER, grown, grown_head, load_adapter, save_adapter
 from treelora.data.names import slugify
-from treelora.engine import read_adapter
+from treelora.engine import read_adapter, read_head
 from treelora.errors import CheckpointError
 from treelora.evaluation.matrix import Score
 from treelora.loop import StreamLoop
@@ -85,7 +85,10 @@ class PlatformHooks:
     def commit(self, position: Position, loop: StreamLoop) -> None:
         """See `Hooks`."""
         engine, method = loop.engine, loop.method
-        parts: dict[str, dict[str, Tensor]] = {"adapter": read_adapter(engine)}
+        head = read_head(engine)
+        parts: dict[str, dict[str, Tensor]] = {"adapter": read_adapter(engine), "head": head}
+        if loop.alignment:
+            parts["alignment"] = loop.alignment.state_dict()
         within_task = position.step > 0 and not position.trained
         if within_task:
             parts["optimizer"] = engine.optimizer_state()
@@ -99,7 +102,7 @@ class PlatformHooks:
             parts["evaluator"] = loop.evaluator.state_dict()
             adapters = bank_folders(loop)
             if position.trained:
-                self._save_adapters(adapters, loop)
+                self._save_adapters(adapters, loop, head)
             write_commit(self.run_dir, Commit(position, adapters, parts), self.keep)
             self.recorder.event("commit", unit=position.unit, step=position.step)
             self._notify()
@@ -129,14 +132,14 @@ class PlatformHooks:
             self.recorder.write_tree(position.unit, loop.units[position.unit].name, method.memory.describe())
         return state
 
-    def _save_adapters(self, folders: Sequence[str], loop: StreamLoop) -> None:
-        """Write the adapter of the unit just learnt, and those that it was merged into."""
+    def _save_adapters(self, folders: Sequence[str], loop: StreamLoop, head: dict[str, Tensor]) -> None:
+        """Write the adapter of the unit just learnt, with the head as it is now, and those that it was merged into."""
         peft_config = loop.engine.module.peft_config[ADAPTER]  # type: ignore[index]
         known, self.saved = self.saved, set(folders)
         newest = folders[-1:]
         for folder, state in dict(zip(folders, loop.bank, strict=True)).items():
             if folder not in known or folder in newest:
-                save_adapter(state, peft_config, self.run_dir / "adapters" / folder)
+                save_adapter(state | head, peft_config, self.run_dir / "adapters" / folder)
 
     def _notify(self) -> None:
         for outlet in (self.uploader, self.keeper):
@@ -193,7 +196,10 @@ def restore(loop: StreamLoop, commit: Commit, run_dir: Path) -> None:
         }
     states = loop.engine.broadcast(states)
     loop.bank = [states[folder] for folder in commit.adapters]
-    loop.engine.write_adapter(grown(parts["adapter"], shapes))
+    head = grown_head(parts.get("head", {}), read_head(loop.engine))
+    loop.engine.write_adapter(grown(parts["adapter"], shapes) | head)
+    if loop.alignment:
+        loop.alignment.load_state_dict(parts.get("alignment", {}))
     loop.engine.load_optimizer_state(parts.get("optimizer", {}))
     if isinstance(loop.method, TreeLoRA) and loop.method.memory:
         loop.method.memory.load_state_dict(parts["memory"])

@@ -19,6 +19,7 @@ from treelora.data.names import slugify
 from treelora.data.task import Task
 from treelora.errors import ConfigError
 from treelora_platform.config import ExperimentConfig, StreamConfig
+from treelora_platform.config_sections import IMAGE_SOURCES
 
 FREE_BYTES_NEEDED = 500_000_000
 
@@ -65,7 +66,10 @@ def prepare_stream(config: ExperimentConfig) -> PreparedStream:
 
 
 def _prepare(settings: StreamConfig, cache: Path) -> tuple[list[Task], dict[str, dict[str, int]]]:
-    key: list[Any] = [settings.source, settings.path, settings.options]
+    options = dict(settings.options)
+    if settings.source in IMAGE_SOURCES:
+        options |= settings.classes.as_options()
+    key: list[Any] = [settings.source, settings.path, options]
     wanted = list(settings.order) or None
     if settings.source == "builtin":
         from treelora.data.builtin import builtin_names, write_builtin
@@ -79,8 +83,7 @@ def _prepare(settings: StreamConfig, cache: Path) -> tuple[list[Task], dict[str,
         return write_builtin(cache / _short_digest(key), wanted, seed=settings.seed, **sizes), {}
     from treelora.data.sources import import_tasks
 
-    assert settings.path
-    reports = import_tasks(settings.source, settings.path, wanted, cache / _short_digest(key), options=settings.options)
+    reports = import_tasks(settings.source, settings.path or "", wanted, cache / _short_digest(key), options=options)
     return [r.task for r in reports], {r.task.name: dict(r.skipped) for r in reports if r.skipped}
 
 

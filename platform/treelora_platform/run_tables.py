@@ -34,6 +34,7 @@ STEPS = pa.schema(
         pa.field("tokens", pa.int64(), nullable=False),
         pa.field("rows", pa.int32(), nullable=False),
         pa.field("peak_memory_mb", pa.float64()),
+        pa.field("data_seconds", pa.float64()),
         pa.field("penalty_loss", pa.float64()),
         pa.field("penalty_ratio", pa.float64()),
         pa.field("sparsity", pa.float64()),

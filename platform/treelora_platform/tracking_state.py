@@ -24,7 +24,7 @@ KEY_CHARS = 250  # MLflow refuses longer ones
 # credentials, stay out.
 PARAMETERS = (
     *("name", "seed", "method", "sweep", "stream", "model", "lora", "train", "engine"),
-    *("evaluation", "checkpoint", "cluster"),
+    *("vision", "evaluation", "checkpoint", "cluster"),
     *get_args(MethodName),
 )
 _LEFT_OUT = ("stream.options", "cluster.storage")

@@ -20,8 +20,8 @@ from treelora.engine import OptimizerSpec, TorchEngine, read_adapter
 from treelora.local_memory import LocalMemory
 from treelora.loop import StreamLoop
 from treelora.loop_records import StepRecord
-from treelora.models.causal import answer_loss
 from treelora.models.tiny import tiny_model
+from treelora.objective import answer_loss
 from treelora.signature import GradientProbe
 from treelora_platform.assemble import assemble
 from treelora_platform.config import parse_config

@@ -54,7 +54,7 @@ def scramble(loop: StreamLoop, seed: int, size: float = 0.3) -> dict[str, Tensor
 
 def row_loss(loop: StreamLoop, unit: int, row: int) -> tuple[Tensor, int]:
     """-log p(answer | prompt) of a training row, without padding or batch, and its answer tokens."""
-    prompt, answer = (np.asarray(ids).tolist() for ids in loop.units[unit].pair(row))
+    prompt, answer = (np.asarray(ids).tolist() for ids in loop.units[unit].item(row))
     logits = loop.engine.module(input_ids=torch.tensor([prompt + answer])).logits[0]
     return F.cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(answer), reduction="sum"), len(answer)
 

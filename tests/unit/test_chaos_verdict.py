@@ -55,7 +55,9 @@ def expected_sha(run_dir: Path, folder: str) -> str:
 def test_times_may_differ(whole: Path, copy: Path) -> None:
     for path in [*(copy / "tables" / "steps").glob("*.parquet"), copy / "tables" / "scores.parquet"]:
         table = pq.read_table(path)
-        for name in {"time_unix_ms", "step_seconds", "peak_memory_mb", "seconds"} & set(table.column_names):
+        for name in {"time_unix_ms", "step_seconds", "data_seconds", "peak_memory_mb", "seconds"} & set(
+            table.column_names
+        ):
             number = table.column_names.index(name)
             zeros = pa.array([0] * table.num_rows, table.schema.field(name).type)
             table = table.set_column(number, table.schema.field(name), zeros)

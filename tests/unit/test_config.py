@@ -49,7 +49,7 @@ def from_text(folder: Path, text: str, overrides: list[str] | None = None) -> Ex
         ({"lora": {"rank": 2.5}}, "(found 2.5)"),
         ({"lora": 3}, "my.yaml: lora: Input should be a valid dictionary or instance of LoraSettings (found 3)"),
         ({"lora": {"rank": 0}}, "my.yaml: lora.rank: Input should be greater than or equal to 1 (found 0)"),
-        ({"method": "magic"}, "'replay', 'lwf' or 'tasl' (found 'magic')"),
+        ({"method": "magic"}, "'replay', 'lwf', 'tasl' or 'ncm' (found 'magic')"),
         (
             {"train": {"steps": 1, "learning_rate": float("inf")}},
             "train.learning_rate: Input should be a finite number",
@@ -282,7 +282,7 @@ def test_the_methods_are_those_of_the_library() -> None:
     assert set(get_args(MethodName)) == METHODS.keys()
     assert {name for name, method in METHODS.items() if method.accumulates} == ACCUMULATING
     sections = ExperimentConfig.model_fields
-    without = {"sequential", "frozen", "joint", "slao"}
+    without = {"sequential", "frozen", "joint", "slao", "ncm"}
     assert {name for name in METHODS if name not in sections} == without
 
 

@@ -15,8 +15,9 @@ import torch
 from tests.support.streams import TASKS, build_loop, outcome, same_adapter, tiny_config
 from treelora.adapters import AdapterState, mean_adapter
 from treelora.engine import OptimizerSpec, TorchEngine, read_adapter
-from treelora.evaluation.evaluator import EvaluationOptions, Evaluator
+from treelora.evaluation.evaluator import Evaluator
 from treelora.evaluation.matrix import Score
+from treelora.evaluation.reader import EvaluationOptions, TextReader
 from treelora.loop import StreamLoop
 from treelora.tree import SignatureTree
 from treelora_platform.assemble import load_adapted_model
@@ -47,7 +48,12 @@ def bank(loop: StreamLoop) -> list[AdapterState]:
 
 def evaluator(loop: StreamLoop, engine: Any, rows: int = 4) -> Evaluator:
     options = EvaluationOptions(MODES, batch_rows=rows, router_layer=1, router_rows=8)
-    return Evaluator(engine, loop.evaluator.tests, options, loop.evaluator.tokenizer, loop.evaluator.pad_id)
+    tests, tokenizer = loop.evaluator.tests, loop.evaluator.reader.tokenizer
+    return Evaluator(engine, tests, options, TextReader(engine, tests, options, tokenizer))
+
+
+def features_of(judge: Evaluator, task: int) -> torch.Tensor:
+    return judge.reader.features(judge.tests[task], range(len(judge.tests[task])))
 
 
 def judged(loop: StreamLoop, engine: Any, bank: list[AdapterState], rows: int = 4) -> tuple[Evaluator, list[Score]]:
@@ -85,7 +91,7 @@ def test_each_mode_against_scoring_by_hand(loop: StreamLoop, bank: list[AdapterS
     different = set()
     for task in SEEN:
         count = len(loop.evaluator.tests[task])
-        chosen = judge.router.predict(judge._prompt_features(loop.evaluator.tests[task].prompts()))[0]
+        chosen = judge.router.predict(features_of(judge, task))[0]
         assert found["last", task, 2] == pytest.approx(naive_percent(loop, [bank[2]] * count, task))
         assert found["merged", task, 2] == pytest.approx(naive_percent(loop, [merged] * count, task))
         assert found["routed", task, 2] == pytest.approx(naive_percent(loop, [bank[int(k)] for k in chosen], task))
@@ -95,8 +101,8 @@ def test_each_mode_against_scoring_by_hand(loop: StreamLoop, bank: list[AdapterS
 
 def test_the_router_is_judged_on_all_rows(loop: StreamLoop, bank: list[AdapterState]) -> None:
     judge, _ = judged(loop, loop.engine, bank)
-    taken = [judge.router.predict(judge._prompt_features(loop.evaluator.tests[t].prompts()))[0] for t in SEEN]
-    margins = [judge.router.predict(judge._prompt_features(loop.evaluator.tests[t].prompts()))[1] for t in SEEN]
+    taken = [judge.router.predict(features_of(judge, t))[0] for t in SEEN]
+    margins = [judge.router.predict(features_of(judge, t))[1] for t in SEEN]
     middle = float(torch.cat(margins).median())
     judge.options = replace(judge.options, router_margin=middle)
     report = judge.router_report(SEEN)

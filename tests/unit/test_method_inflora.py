@@ -152,7 +152,7 @@ def test_covariances_are_those_of_single_rows(batches: int, tmp_path: Path) -> N
     with torch.no_grad():
         for i in range(count):
             for row in unit.plan.rows(i * STEPS // count):
-                prompt, answer = (np.asarray(ids).tolist() for ids in unit.pair(int(row)))
+                prompt, answer = (np.asarray(ids).tolist() for ids in unit.item(int(row)))
                 module(input_ids=torch.tensor([prompt + answer]))
     for handle in handles:
         handle.remove()

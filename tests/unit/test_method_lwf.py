@@ -63,7 +63,7 @@ def test_value_against_rows_one_by_one(tmp_path: Path) -> None:
 
     def logits(state: dict[str, torch.Tensor], row: int) -> torch.Tensor:
         loop.engine.write_adapter(state)
-        prompt, answer = (np.asarray(ids).tolist() for ids in unit.pair(row))
+        prompt, answer = (np.asarray(ids).tolist() for ids in unit.item(row))
         with torch.no_grad():
             return loop.engine.module(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
 

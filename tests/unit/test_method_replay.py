@@ -12,12 +12,13 @@ import torch
 
 from tests.support.regularising import assert_resumes, context, loop_with, row_loss
 from tests.support.streams import STEPS, recorded, same_adapter
+from treelora.data.batches import joined
 from treelora.errors import ConfigError
 from treelora.methods.episodic import PURPOSE_KEPT, PURPOSE_REPLACED, choose, deal
 from treelora.methods.extra_gradient import flatten
-from treelora.methods.replay import Replay, ReplayOptions, join
+from treelora.methods.replay import Replay, ReplayOptions
 from treelora.methods.sequential import Sequential
-from treelora.models.causal import answer_loss
+from treelora.objective import answer_loss
 
 
 def test_every_set_of_rows_is_as_likely_to_be_kept() -> None:
@@ -53,11 +54,11 @@ def test_joined_batches_give_each_row_its_own_loss(tmp_path: Path) -> None:
         for key, fill in (("input_ids", 256), ("attention_mask", 0), ("position_ids", 0), ("labels", -100))
     )
     for one, two in ((own, other), (other, own)):
-        joined = join(one, [2, 0], two)
+        both = joined(one, [2, 0], two)
         units = (0, 2) if one is own else (2, 0)
         expected = [(units[0], 5), (units[0], 3), (units[1], 3), (units[1], 4), (units[1], 5)]
         found = [
-            answer_loss(loop.engine.module, {k: v[[i]] if k != "answer_width" else v for k, v in joined.items()}, 1.0)  # type: ignore[arg-type,index]
+            answer_loss(loop.engine.module, {k: v[[i]] if k != "answer_width" else v for k, v in both.items()}, 1.0)  # type: ignore[arg-type,index]
             for i in range(5)
         ]
         for loss, row in zip(found, expected, strict=True):

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from treelora.data.batches import collate
 from treelora.errors import ConfigError
-from treelora.models.causal import ModelSpec, answer_loss, load_model, load_tokenizer
+from treelora.models.causal import load_model, load_tokenizer
+from treelora.models.spec import ModelSpec
 from treelora.models.tiny import VOCABULARY, tiny_model, tiny_tokenizer
+from treelora.objective import answer_loss
 
 ROWS = [([3, 4, 5], [6, 7]), ([8], [9]), ([10, 11, 12, 13, 14], [15, 16, 17]), ([1, 2], [2, 1, 2, 1, 2])]
 

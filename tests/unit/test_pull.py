@@ -15,7 +15,7 @@ from treelora.engine import read_adapter
 from treelora.loop import StreamLoop
 from treelora.methods.extra_gradient import adapter_gradient, flatten
 from treelora.methods.treelora_pull import hessian_pull, pull_gradients
-from treelora.models.causal import answer_loss
+from treelora.objective import answer_loss
 from treelora.sketch import normalise, residual
 
 

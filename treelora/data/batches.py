@@ -1,4 +1,4 @@
-"""Batches: which rows a worker takes at a step, and how rows become one left-padded tensor.
+"""Batches: which rows a worker takes at a step, and how rows of text become one left-padded tensor.
 
 Shapes: B rows of a batch, T tokens of the longest row, G rows of a global batch.
 """
@@ -6,11 +6,12 @@ Shapes: B rows of a batch, T tokens of the longest row, G rows of a global batch
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TypedDict
+from typing import TypedDict, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional as F
 
 from treelora.errors import ConfigError
 
@@ -18,8 +19,9 @@ NO_LOSS = -100  # the index that torch's cross-entropy ignores by default
 Rows = npt.NDArray[np.int64]
 
 
-class Batch(TypedDict):
-    """A left-padded batch: all answers end at the right edge.
+@final
+class TextBatch(TypedDict):
+    """A left-padded batch of text: all answers end at the right edge.
 
     Tensors are int64 [B, T]. labels: the answer's tokens in place, -100 elsewhere. answer_width: the longest
     answer; logits at the last ``answer_width + 1`` positions (the last one unused) predict every label.
@@ -32,7 +34,23 @@ class Batch(TypedDict):
     answer_width: int
 
 
-def collate(rows: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]], pad_id: int) -> Batch:
+@final
+class ImageBatch(TypedDict):
+    """A batch of images.
+
+    pixel_values: normalised, [B, channels, height, width]. candidates: bool [B, classes], those that a row's class is
+    told apart from, its own among them. labels: int64 [B, 1], places in the head.
+    """
+
+    pixel_values: torch.Tensor
+    candidates: torch.Tensor
+    labels: torch.Tensor
+
+
+Batch = TextBatch | ImageBatch
+
+
+def collate(rows: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]], pad_id: int) -> TextBatch:
     """One batch of (prompt_ids, answer_ids) rows, padded to its longest row."""
     pairs = [(np.asarray(prompt, np.int64), np.asarray(answer, np.int64)) for prompt, answer in rows]
     if not pairs:
@@ -50,7 +68,7 @@ def collate(rows: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]], pad_id: int) ->
         attention_mask_BT[b, start:] = 1
         position_ids_BT[b, start:] = np.arange(length)
         labels_BT[b, width - len(answer) :] = answer
-    return Batch(
+    return TextBatch(
         input_ids=torch.from_numpy(input_ids_BT),
         attention_mask=torch.from_numpy(attention_mask_BT),
         position_ids=torch.from_numpy(position_ids_BT),
@@ -70,6 +88,44 @@ def epoch_order(seed: int, task_index: int, epoch: int, n: int) -> Rows:
     order = np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable").astype(np.int64)
     order.setflags(write=False)
     return order
+
+
+def joined(own: Batch, kept: Sequence[int], others: Batch) -> Batch:
+    """The `kept` rows of one batch and all rows of another; text is left-padded to the wider one."""
+    rows = list(kept)
+    if "pixel_values" in own and "pixel_values" in others:
+        return ImageBatch(
+            pixel_values=torch.cat([own["pixel_values"][rows], others["pixel_values"]]),
+            candidates=torch.cat([own["candidates"][rows], others["candidates"]]),
+            labels=torch.cat([own["labels"][rows], others["labels"]]),
+        )
+    if "pixel_values" in own or "pixel_values" in others:
+        raise TypeError("one batch is of images, the other of text")
+    width = max(own["labels"].shape[1], others["labels"].shape[1])
+
+    def both(own_BT: torch.Tensor, others_BT: torch.Tensor, fill: int) -> torch.Tensor:
+        parts = (own_BT[rows], others_BT)
+        return torch.cat([F.pad(part, (width - part.shape[1], 0), value=fill) for part in parts])
+
+    return TextBatch(
+        input_ids=both(own["input_ids"], others["input_ids"], 0),
+        attention_mask=both(own["attention_mask"], others["attention_mask"], 0),
+        position_ids=both(own["position_ids"], others["position_ids"], 0),
+        labels=both(own["labels"], others["labels"], NO_LOSS),
+        answer_width=max(own["answer_width"], others["answer_width"]),
+    )
+
+
+def row_draws(seed: int, task_index: int, step: int, rows: Sequence[int], count: int) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1), [rows, count], for what is random about a row at a step.
+
+    Keyed by seed, task, step and row: they depend neither on the number of workers nor on what was drawn before.
+    """
+    draws = np.empty((len(rows), count))
+    for place, row in enumerate(rows):
+        bits = np.random.Philox(key=[seed % 2**64, task_index], counter=[row, step, 1, 0]).random_raw(count)
+        draws[place] = (bits >> np.uint64(11)) * 2.0**-53
+    return draws
 
 
 class BatchPlan:

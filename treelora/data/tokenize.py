@@ -109,6 +109,10 @@ class TokenizedRows:
         """int32 [A], the end-of-answer token included."""
         return self._answers[i]
 
+    def item(self, i: int) -> tuple[Ids, Ids]:
+        """What ``collate`` takes of a row."""
+        return self.prompt_ids(i), self.answer_ids(i)
+
     def choice_ids(self, i: int) -> list[Ids]:
         """One int32 [A_c] for each choice, as ``answer_ids`` would be; [] for generation."""
         return [self._choices[j] for j in range(self._row_choices[i], self._row_choices[i + 1])]
@@ -119,7 +123,7 @@ class TokenizedRows:
 
     def pairs(self, indices: Iterable[int]) -> list[tuple[Ids, Ids]]:
         """(prompt_ids, answer_ids) of some rows, as ``collate`` takes them."""
-        return [(self.prompt_ids(int(i)), self.answer_ids(int(i))) for i in indices]
+        return [self.item(int(i)) for i in indices]
 
 
 class _Lists:

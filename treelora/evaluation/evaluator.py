@@ -1,9 +1,11 @@
 """Scores every task seen so far, in every inference mode, shared over the workers.
 
 `last` answers with the adapter under training, `merged` with the mean of all tasks' adapters, `routed` with the
-adapter of the task that a router takes the prompt for, or with an average where it can't tell two tasks apart
-(`treelora.evaluation.fallback`); no mode is told the task. Answers of one adapter on one row never change, so they are
-kept: `routed` mostly reuses what `last` has answered when the adapter was fresh.
+adapter of the task that a router takes the row for, or with an average where it can't tell two tasks apart
+(`treelora.evaluation.fallback`); no mode is told the task. Where answers of one adapter on one row never change, they
+are kept: `routed` mostly reuses what `last` has answered when the adapter was fresh.
+
+Shapes: n rows, F features.
 """
 
 from __future__ import annotations
@@ -20,11 +22,10 @@ from torch import Tensor
 
 from treelora.adapters import AdapterState, mean_adapter
 from treelora.engine import Engine
-from treelora.evaluation.choice import score_choices
 from treelora.evaluation.fallback import AVERAGE, adapter_key, adapter_of, answering_tasks
-from treelora.evaluation.features import prompt_features
-from treelora.evaluation.generate import generate_answers
+from treelora.evaluation.image_reader import ImageReader
 from treelora.evaluation.matrix import BEFORE_TRAINING, Score
+from treelora.evaluation.reader import EvaluationOptions, Reader, Row
 from treelora.evaluation.router import GaussianRouter, Routes
 from treelora.evaluation.text_metrics import METRICS
 from treelora.memory_records import Groups
@@ -32,32 +33,18 @@ from treelora.training_data import Split, TestSplit
 from treelora.tree import SignatureTree
 
 MEAN = "mean"
-Row = tuple[int, int]
-"""(task, row of its test split)."""
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """See `EvaluationSettings` of the platform's configuration."""
-
-    modes: tuple[str, ...] = ("last", "routed")
-    batch_rows: int = 16
-    max_new_tokens: int = 64
-    router_layer: int = 8
-    router_rows: int = 96
-    router_margin: float = 0.0
 
 
 @dataclass(frozen=True)
 class RouterReport:
-    """How the router did on the test prompts of the tasks seen so far."""
+    """How the router did on the test rows of the tasks seen so far."""
 
     accuracy: float
     """Percent taken for the right task."""
     fallback_share: float
     """Percent whose margin was below `router_margin`."""
     mixed_up: tuple[tuple[int, int, int], ...]
-    """(task, the task that its prompts were taken for, prompts), where these differ."""
+    """(task, the task that its rows were taken for, rows), where these differ."""
 
 
 class Evaluator:
@@ -68,20 +55,25 @@ class Evaluator:
         engine: Engine,
         tests: Sequence[TestSplit],
         options: EvaluationOptions,
-        tokenizer: object,
-        pad_id: int,
-        partitioned: bool = False,
+        reader: Reader,
     ):
-        self.engine, self.tests, self.options = engine, tests, options
-        self.tokenizer, self.pad_id, self.partitioned = tokenizer, pad_id, partitioned
+        self.engine, self.tests, self.options, self.reader = engine, tests, options, reader
         self.router = GaussianRouter()
         self._features: dict[int, Tensor] = {}
         self._answers: dict[tuple[str, Row], str] = {}
 
     def learn_task(self, name: str, train: Split) -> None:
-        """Fit the router on a task's training prompts, once; features are those of the frozen base model."""
+        """Fit the router on a task's training rows, once; features are those of the frozen base model."""
+        everything = self._features_of(train, range(len(train))) if self.reader.needs_features else None
+        self.reader.learn(train, everything)
         if "routed" in self.options.modes and name not in self.router.names:
-            self.router.add_task(name, self._prompt_features(train.prompts(self.options.router_rows)))
+            places, classes = self.reader.router_rows(train)
+            self.router.add_task(name, self._features_of(train, places), classes)
+
+    def adapted_features(self, split: Split) -> Tensor:
+        """What the head reads of all rows of a split of images, with the adapter as it is now: float32 [n, F]."""
+        assert isinstance(self.reader, ImageReader)
+        return self._features_of(split, range(len(split)), self.reader.adapted_features)
 
     def score(
         self,
@@ -99,6 +91,8 @@ class Evaluator:
         The adapter under training is that of the last task, unless `bank` has a merged one for it. With an empty bank
         (nothing was trained) only `last` is scored.
         """
+        if not self.reader.lasting:
+            self._answers.clear()
         scores = []
         for mode in self.options.modes if bank else ("last",):
             if mode != "last" and len(bank) != len(seen):
@@ -121,7 +115,7 @@ class Evaluator:
             ("base", self._no_adapter, BEFORE_TRAINING, ""),
         ):
             begin = time.perf_counter()
-            answers = self._with_adapter(key, adapter, rows)
+            answers = self._with_adapter(key, adapter, rows, range(task + 1))
             scores.append(self._score("last", task, index, name, answers, time.perf_counter() - begin))
         kept = self._answers.items()
         self._answers = {asked: answer for asked, answer in kept if asked[0] not in ("unlearnt", "base")}
@@ -146,20 +140,25 @@ class Evaluator:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Router and kept answers, as tensors.
+        """Router, what the reader keeps, and kept answers, as tensors.
 
         The answers belong to it: which rows share a batch depends on them, and so do the last bits of a score.
         """
         kept = [[key, *row, answer] for (key, row), answer in self._answers.items()]
         answers = torch.frombuffer(bytearray(json.dumps(kept).encode()), dtype=torch.uint8)
         router = self.router.state_dict() if self.router.names else {}
-        return {"answers": answers} | {f"router/{name}": tensor for name, tensor in router.items()}
+        parts = {"router": router, "reader": self.reader.state_dict()}
+        return {"answers": answers} | {
+            f"{part}/{name}": t for part, state in parts.items() for name, t in state.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go back to `state_dict`."""
-        kept = json.loads(bytes(state["answers"].tolist()))
-        self._answers = {(key, (task, row)): answer for key, task, row, answer in kept}
+        answers = json.loads(bytes(state["answers"].tolist()))
+        self._answers = {(key, (task, row)): answer for key, task, row, answer in answers}
         self.router = router_of(state)
+        kept = {name.removeprefix("reader/"): tensor for name, tensor in state.items() if name.startswith("reader/")}
+        self.reader.load_state_dict(kept)
 
     def _score(
         self, mode: str, task: int, after: int, after_name: str, answers: Mapping[Row, str], seconds: float
@@ -185,10 +184,10 @@ class Evaluator:
         rows = [(task, row) for task in seen for row in range(len(self.tests[task]))]
         current = f"task {len(bank) - 1}"
         if mode == "last":
-            return self._with_adapter(current, None, rows)
+            return self._with_adapter(current, None, rows, seen)
         if len(bank) == 1:
-            return self._with_adapter(current, None, rows)
-        answers = self._with_adapter(MEAN, lambda: mean_adapter(bank), rows)
+            return self._with_adapter(current, None, rows, seen)
+        answers = self._with_adapter(MEAN, lambda: mean_adapter(bank), rows, seen)
         self._answers = {asked: answer for asked, answer in self._answers.items() if asked[0] != MEAN}
         return answers  # not kept: the next task changes the mean
 
@@ -205,7 +204,7 @@ class Evaluator:
         for tasks in sorted(chosen):
             key = adapter_key(bank, tasks)
             adapter = None if key == f"task {len(bank) - 1}" else partial(adapter_of, bank, tasks)
-            answers |= self._with_adapter(key, adapter, chosen[tasks])
+            answers |= self._with_adapter(key, adapter, chosen[tasks], seen)
             used.add(key)
         # of the averages only those that were asked for are kept: a tree that has changed may never ask again
         kept = self._answers.items()
@@ -213,49 +212,25 @@ class Evaluator:
         return answers
 
     def _with_adapter(
-        self, key: str, adapter: Callable[[], AdapterState] | None, rows: Sequence[Row]
+        self, key: str, adapter: Callable[[], AdapterState] | None, rows: Sequence[Row], seen: Sequence[int]
     ) -> dict[Row, str]:
         missing = [row for row in rows if (key, row) not in self._answers]
         if missing:
             with self.engine.using_adapter(adapter() if adapter else None):
-                for kind in ("choice", "generation"):
+                for kind in self.reader.kinds:
                     part = [row for row in missing if self.tests[row[0]].task.kind == kind]
-                    for row, answer in zip(part, self._shared(part, kind), strict=True):
+                    for row, answer in zip(part, self._shared(part, kind, seen), strict=True):
                         self._answers[key, row] = answer
         return {row: self._answers[key, row] for row in rows}
 
-    def _shared(self, rows: Sequence[Row], kind: str) -> list[str]:
+    def _shared(self, rows: Sequence[Row], kind: str, seen: Sequence[int]) -> list[str]:
         """Answers of all rows, each worker computing its share; equal shares, because ZeRO-3 runs in lockstep."""
         world = self.engine.world_size
         if not rows:
             return []
         padded = list(rows) + [rows[0]] * (-len(rows) % world)
-        mine = padded[self.engine.rank :: world]
-        parts = self.engine.gather(self._choose(mine) if kind == "choice" else self._generate(mine))
+        parts = self.engine.gather(self.reader.answers(kind, padded[self.engine.rank :: world], seen))
         return [parts[i % world][i // world] for i in range(len(rows))]
-
-    def _choose(self, rows: Sequence[Row]) -> list[str]:
-        choices = [self._choice_ids(row) for row in rows]
-        scores = score_choices(
-            self.engine.module,
-            [self._prompt_ids(row) for row in rows],
-            choices,
-            pad_id=self.pad_id,
-            batch_rows=self.options.batch_rows,
-            device=self.engine.device,
-        )
-        return [self.tests[t].examples[r].choices[int(s.argmax())] for (t, r), s in zip(rows, scores, strict=True)]
-
-    def _generate(self, rows: Sequence[Row]) -> list[str]:
-        return generate_answers(
-            self.engine.module,
-            self.tokenizer,  # type: ignore[arg-type]
-            [self._prompt_ids(row) for row in rows],
-            max_new_tokens=self.options.max_new_tokens,
-            batch_rows=self.options.batch_rows,
-            synced=self.partitioned,
-            device=self.engine.device,
-        )
 
     def _measure(self, test: TestSplit, answers: Sequence[str]) -> float:
         references = [example.answer for example in test.examples]
@@ -264,31 +239,17 @@ class Evaluator:
 
     def _routes(self, task: int) -> Routes:
         if task not in self._features:
-            self._features[task] = self._prompt_features(self.tests[task].prompts())
+            self._features[task] = self._features_of(self.tests[task], range(len(self.tests[task])))
         # rank 0's: on another kind of CPU the last bits may differ, and every rank must take the same adapter
         return self.engine.broadcast(self.router.routes(self._features[task]))
 
-    def _prompt_features(self, prompts: list[list[int]]) -> Tensor:
+    def _features_of(
+        self, split: Split, places: Sequence[int], measure: Callable[[Split, Sequence[int]], Tensor] | None = None
+    ) -> Tensor:
         world = self.engine.world_size
-        padded = prompts + [prompts[0]] * (-len(prompts) % world)
-        mine = prompt_features(
-            self.engine.module,
-            padded[self.engine.rank :: world],
-            layer=max(1, self.options.router_layer),
-            pad_id=self.pad_id,
-            batch_rows=self.options.batch_rows,
-            device=self.engine.device,
-        )
-        parts = self.engine.gather(mine)
-        return torch.stack([parts[i % world][i // world] for i in range(len(prompts))])
-
-    def _prompt_ids(self, row: Row) -> list[int]:
-        test = self.tests[row[0]]
-        return test.rows.prompt_ids(int(test.chosen[row[1]])).tolist()
-
-    def _choice_ids(self, row: Row) -> list[list[int]]:
-        test = self.tests[row[0]]
-        return [ids.tolist() for ids in test.rows.choice_ids(int(test.chosen[row[1]]))]
+        padded = [*places, *[places[0]] * (-len(places) % world)]
+        parts = self.engine.gather((measure or self.reader.features)(split, padded[self.engine.rank :: world]))
+        return torch.stack([parts[i % world][i // world] for i in range(len(places))])
 
 
 def router_of(state: Mapping[str, Tensor]) -> GaussianRouter:

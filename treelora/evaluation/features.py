@@ -74,7 +74,7 @@ def prompt_features(
         if early_exit:
             raise _LayerReached
 
-    with evaluating(model), _adapters_off(model):
+    with evaluating(model), adapters_off(model):
         handle = blocks[min(layer, len(blocks)) - 1].register_forward_hook(capture)
         try:
             for rows in batches_by_length([len(prompt) for prompt in prompts], batch_rows):
@@ -112,7 +112,7 @@ def _blocks(base: Any) -> nn.ModuleList:
 
 
 @contextmanager
-def _adapters_off(model: Any) -> Iterator[None]:
+def adapters_off(model: Any) -> Iterator[None]:
     """The frozen base model; peft's own context makes adapters trainable on exit, so their flags are put
     back."""
     if not hasattr(model, "disable_adapter"):

@@ -1,9 +1,12 @@
-"""Which task does a prompt come from? Gaussian prototypes with a shared covariance on frozen features (LDA).
+"""Which task does a row come from? Gaussian prototypes with a shared covariance on frozen features (LDA).
 
 The router is extra state beside the adapters and needs no task id at test time; results that use it must say
 so, and peers must be given the same router.
 
-Shapes: n rows, F features, K tasks added so far.
+A task is one Gaussian, or one for each of its classes: it is then as likely as its likeliest class, which is how
+task-identity inference works in HiDe-Prompt (Wang et al., NeurIPS 2023, arXiv 2310.07234).
+
+Shapes: n rows, F features, K tasks added so far, G >= K Gaussians.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from treelora.errors import CheckpointError, ConfigError, DataError
 
 @dataclass(frozen=True, eq=False)
 class Routes:
-    """What the router takes n prompts for; tasks are places in its `names`."""
+    """What the router takes n rows for; tasks are places in its `names`."""
 
     best_n: np.ndarray
     """int64; ties go to the task added first."""
@@ -34,8 +37,8 @@ class Routes:
 class GaussianRouter:
     """Task inference by linear discriminant analysis with equal priors.
 
-    Each task is a Gaussian around the mean of its features; all share the pooled within-task covariance S
-    (divided by the number of rows), shrunk to (1 - s) S + s tr(S)/F I: `sklearn`
+    Each Gaussian lies around the mean of its rows' features; all share the pooled covariance S within them (divided by
+    the number of rows), shrunk to (1 - s) S + s tr(S)/F I: `sklearn`
     LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s) on balanced classes. Only counts, means and the
     scatter are kept, in float64, so adding tasks one by one gives what a batch over all rows would give (to
     rounding), in any order.
@@ -49,13 +52,16 @@ class GaussianRouter:
             raise ConfigError(f"router shrinkage is {shrinkage}; it must be above 0 and at most 1")
         self.shrinkage = float(shrinkage)
         self.names: list[str] = []
-        self._counts_K = torch.zeros(0, dtype=torch.float64)
-        self._means_KF = torch.zeros(0, 0, dtype=torch.float64)
+        self._task_G = torch.zeros(0, dtype=torch.int64)
+        self._counts_G = torch.zeros(0, dtype=torch.float64)
+        self._means_GF = torch.zeros(0, 0, dtype=torch.float64)
         self._scatter_FF = torch.zeros(0, 0, dtype=torch.float64)
         self._discriminant: tuple[Tensor, Tensor] | None = None
 
-    def add_task(self, name: str, features_nF: Tensor) -> None:
-        """Add one task from the features [n, F] of its training prompts; n >= 1.
+    def add_task(self, name: str, features_nF: Tensor, classes_n: Tensor | None = None) -> None:
+        """Add one task from the features [n, F] of its training rows; n >= 1.
+
+        `classes_n`, int64 [n]: the rows of each class make a Gaussian of their own; None: all rows make one.
 
         Raises:
             DataError: a name already added, a wrong shape, or features that are not finite.
@@ -65,18 +71,23 @@ class GaussianRouter:
         x_nF = self._checked(features_nF)
         if len(x_nF) == 0:
             raise DataError(f"task {name!r} has no feature rows; give at least one")
-        mean_F = x_nF.mean(dim=0)
-        centred_nF = x_nF - mean_F
-        scatter_FF = centred_nF.T @ centred_nF
+        classes_n = torch.zeros(len(x_nF), dtype=torch.int64) if classes_n is None else classes_n
+        means, scatter_FF = [], torch.zeros(x_nF.shape[1], x_nF.shape[1], dtype=torch.float64)
+        for label in classes_n.unique():  # in ascending order
+            rows_mF = x_nF[classes_n == label]
+            means.append(rows_mF.mean(dim=0))
+            centred_mF = rows_mF - means[-1]
+            scatter_FF += centred_mF.T @ centred_mF
+            self._counts_G = torch.cat([self._counts_G, torch.tensor([len(rows_mF)], dtype=torch.float64)])
+        self._task_G = torch.cat([self._task_G, torch.full((len(means),), len(self.names), dtype=torch.int64)])
         self.names.append(name)
-        self._counts_K = torch.cat([self._counts_K, torch.tensor([len(x_nF)], dtype=torch.float64)])
         first = len(self.names) == 1
-        self._means_KF = mean_F[None] if first else torch.cat([self._means_KF, mean_F[None]])
+        self._means_GF = torch.stack(means) if first else torch.cat([self._means_GF, torch.stack(means)])
         self._scatter_FF = scatter_FF if first else self._scatter_FF + scatter_FF
         self._discriminant = None
 
     def log_likelihoods(self, features_nF: Tensor) -> Tensor:
-        """log p(x | task) [n, K] float64, up to a term that all tasks of a row share.
+        """log p(x | task) [n, K] float64, or that of its likeliest class, up to a term that all tasks of a row share.
 
         Raises:
             DataError: no task added yet, a wrong shape, or features that are not finite.
@@ -86,8 +97,12 @@ class GaussianRouter:
         x_nF = self._checked(features_nF)
         if self._discriminant is None:
             self._discriminant = self._solve()
-        weights_FK, bias_K = self._discriminant
-        return (x_nF - self._centre()) @ weights_FK + bias_K
+        weights_FG, bias_G = self._discriminant
+        scores_nG = (x_nF - self._centre()) @ weights_FG + bias_G
+        if len(self.names) == len(self._task_G):
+            return scores_nG
+        scores_nK = torch.full((len(x_nF), len(self.names)), -torch.inf, dtype=torch.float64)
+        return scores_nK.scatter_reduce(1, self._task_G.expand_as(scores_nG), scores_nG, "amax")
 
     def predict(self, features_nF: Tensor) -> tuple[Tensor, Tensor]:
         """Most likely task and how clearly.
@@ -117,8 +132,9 @@ class GaussianRouter:
         """Tensors that safetensors can store; the names are the UTF-8 bytes of a JSON list."""
         text = json.dumps(self.names, ensure_ascii=False).encode()
         return {
-            "counts": self._counts_K.clone(),
-            "means": self._means_KF.clone(),
+            "tasks": self._task_G.clone(),
+            "counts": self._counts_G.clone(),
+            "means": self._means_GF.clone(),
             "scatter": self._scatter_FF.clone(),
             "shrinkage": torch.tensor(self.shrinkage, dtype=torch.float64),
             "names": torch.tensor(list(text), dtype=torch.uint8),
@@ -139,41 +155,46 @@ class GaussianRouter:
             router.names = [str(name) for name in json.loads(bytes(state["names"].tolist()))]
         except ValueError as error:
             raise CheckpointError(f"the router's names can't be read ({error}); the checkpoint is damaged") from error
-        router._counts_K = state["counts"].to(torch.float64).clone()
-        router._means_KF = state["means"].to(torch.float64).clone()
+        router._counts_G = state["counts"].to(torch.float64).clone()
+        router._means_GF = state["means"].to(torch.float64).clone()
+        # of a version that knew one Gaussian a task
+        router._task_G = state.get("tasks", torch.arange(len(router.names))).to(torch.int64).clone()
         router._scatter_FF = state["scatter"].to(torch.float64).clone()
-        k, f = len(router.names), router._scatter_FF.shape[0]
-        shapes = tuple(router._counts_K.shape), tuple(router._means_KF.shape), tuple(router._scatter_FF.shape)
-        if shapes != ((k,), (k, f), (f, f)):
-            raise CheckpointError(f"the router's state has {k} names but shapes {shapes}; the checkpoint is damaged")
+        g, f = len(router._task_G), router._scatter_FF.shape[0]
+        shapes = tuple(router._counts_G.shape), tuple(router._means_GF.shape), tuple(router._scatter_FF.shape)
+        known = router._task_G.unique().tolist() == list(range(len(router.names)))
+        if not known or shapes != ((g,), (g, f), (f, f)):
+            raise CheckpointError(
+                f"the router's state has {len(router.names)} names but shapes {shapes}; the checkpoint is damaged"
+            )
         return router
 
     def _centre(self) -> Tensor:
         # Distances don't change when all means and rows shift together; near the origin they lose fewer
         # digits.
-        return self._means_KF.mean(dim=0)
+        return self._means_GF.mean(dim=0)
 
     def _solve(self) -> tuple[Tensor, Tensor]:
-        """Linear discriminant: weights S^-1 m_k [F, K] and bias -m_k S^-1 m_k / 2 [K], means m_k centred."""
+        """Linear discriminant: weights S^-1 m_g [F, G] and bias -m_g S^-1 m_g / 2 [G], means m_g centred."""
         f = self._scatter_FF.shape[0]
-        covariance_FF = self._scatter_FF / self._counts_K.sum()
+        covariance_FF = self._scatter_FF / self._counts_G.sum()
         scale = float(covariance_FF.diagonal().mean())
         # Without any spread within tasks (one row each, or identical rows) all directions count alike.
         shrunk_FF = (1.0 - self.shrinkage) * covariance_FF
         shrunk_FF.diagonal().add_(self.shrinkage * scale if scale > 0.0 else 1.0)
-        means_KF = self._means_KF - self._centre()
+        means_GF = self._means_GF - self._centre()
         cholesky_FF, failed = torch.linalg.cholesky_ex(shrunk_FF)
         if int(failed):
             raise DataError(f"the router's covariance of {f} features is singular; raise shrinkage {self.shrinkage}")
-        weights_FK = torch.cholesky_solve(means_KF.T.contiguous(), cholesky_FF)
-        return weights_FK, -0.5 * (means_KF.T * weights_FK).sum(dim=0)
+        weights_FG = torch.cholesky_solve(means_GF.T.contiguous(), cholesky_FF)
+        return weights_FG, -0.5 * (means_GF.T * weights_FG).sum(dim=0)
 
     def _checked(self, features_nF: Tensor) -> Tensor:
         if features_nF.ndim != 2 or features_nF.shape[1] == 0:
             raise DataError(f"features have shape {tuple(features_nF.shape)}; expected [rows, features]")
-        if self.names and features_nF.shape[1] != self._means_KF.shape[1]:
+        if self.names and features_nF.shape[1] != self._means_GF.shape[1]:
             raise DataError(
-                f"rows have {features_nF.shape[1]} features, but the router was built with {self._means_KF.shape[1]}"
+                f"rows have {features_nF.shape[1]} features, but the router was built with {self._means_GF.shape[1]}"
             )
         x_nF = features_nF.detach().to(device="cpu", dtype=torch.float64)
         bad = torch.nonzero(~torch.isfinite(x_nF).all(dim=1))

@@ -8,6 +8,7 @@ from treelora.methods.gem import GEM
 from treelora.methods.inflora import InfLoRA
 from treelora.methods.joint import Joint
 from treelora.methods.lwf import LwF
+from treelora.methods.ncm import NearestClassMean
 from treelora.methods.ogd import OGD
 from treelora.methods.olora import OLoRA
 from treelora.methods.replay import Replay
@@ -18,7 +19,8 @@ from treelora.methods.tasl import TaSL
 from treelora.methods.treelora import Memory, TreeLoRA, TreeLoRAOptions
 
 _ALL: tuple[type[Method], ...] = (
-    TreeLoRA, Sequential, Frozen, Joint, OLoRA, InfLoRA, SDLoRA, SLAO, EWC, AGEM, GEM, OGD, Replay, LwF, TaSL,
+    TreeLoRA, Sequential, Frozen, NearestClassMean, Joint, OLoRA, InfLoRA, SDLoRA, SLAO, EWC, AGEM, GEM, OGD, Replay,
+    LwF, TaSL,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 

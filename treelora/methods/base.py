@@ -10,7 +10,7 @@ from torch import Tensor
 
 from treelora.adapters import AdapterState
 from treelora.engine import Engine
-from treelora.models.causal import answer_loss
+from treelora.objective import answer_loss
 from treelora.options import Options
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class Method:
     """Whether weights change at all."""
     joint: ClassVar[bool] = False
     """Whether all tasks are learnt at once, as one."""
+    at_once: ClassVar[bool] = False
+    """Whether there is one unit for all tasks: nothing happens between them."""
     accumulates: ClassVar[bool] = False
     """Whether every task has rank r of its own in one adapter of rank N r (`treelora.methods.slices`)."""
     replays: ClassVar[bool] = False

@@ -17,7 +17,7 @@ from treelora.adapters import AdapterState
 from treelora.engine import Engine
 from treelora.methods.base import Method, StepMetrics, TaskContext
 from treelora.methods.extra_gradient import flatten, local_gradient, unflatten
-from treelora.models.causal import answer_loss
+from treelora.objective import answer_loss
 from treelora.options import Options
 from treelora.sketch import keyed_bits
 

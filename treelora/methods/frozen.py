@@ -13,6 +13,7 @@ class Frozen(Method):
 
     name = "frozen"
     trains = False
+    at_once = True
 
 
 def in_context(rows: list[Example], solved: list[Example]) -> list[Example]:

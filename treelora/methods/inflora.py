@@ -30,7 +30,7 @@ from treelora.adapters import AdapterState, layer_of
 from treelora.engine import Engine
 from treelora.methods.base import TaskContext
 from treelora.methods.slices import Accumulating
-from treelora.models.causal import answer_logits
+from treelora.objective import answer_logits
 from treelora.options.peers import InfLoRAOptions
 from treelora.signature import adapted_modules
 
@@ -156,7 +156,7 @@ def input_covariances(engine: Engine, task: TaskContext, batches: int) -> dict[s
     first: dict[str, str] = {}
     sums: dict[str, Tensor] = {}
     last: list[Any] = [torch.empty(0), ""]
-    mask_BT = torch.empty(0)
+    mask_BT: Tensor | None = None  # images have no padding
 
     def watch(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -164,7 +164,7 @@ def input_covariances(engine: Engine, task: TaskContext, batches: int) -> dict[s
             if x_BTd.data_ptr() != last[0].data_ptr():
                 last[:] = x_BTd, layer  # kept alive, so that its address means itself
             if first.setdefault(layer, last[1]) == layer:
-                x_Sd = x_BTd[mask_BT].float()
+                x_Sd = (x_BTd.flatten(0, -2) if mask_BT is None else x_BTd[mask_BT]).float()
                 sums[layer] = x_Sd.T @ x_Sd + sums.get(layer, 0)
 
         return hook
@@ -176,7 +176,7 @@ def input_covariances(engine: Engine, task: TaskContext, batches: int) -> dict[s
     with torch.no_grad():
         for i in range(count):
             for batch in task.micro_batches(i * task.steps // count):
-                mask_BT = batch["attention_mask"].bool()
+                mask_BT = None if "pixel_values" in batch else batch["attention_mask"].bool()
                 answer_logits(engine.module, batch)
     engine.module.train(was_training)
     for handle in handles:

@@ -8,3 +8,4 @@ class Joint(Method):
 
     name = "joint"
     joint = True
+    at_once = True

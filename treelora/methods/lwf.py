@@ -30,7 +30,7 @@ from treelora.adapters import AdapterState
 from treelora.engine import Engine
 from treelora.methods.base import Method, StepMetrics, TaskContext
 from treelora.methods.episodic import dropout_off
-from treelora.models.causal import answer_logits
+from treelora.objective import answer_logits
 from treelora.options.peers import LwFOptions
 
 if TYPE_CHECKING:

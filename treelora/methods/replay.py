@@ -20,35 +20,17 @@ Shapes: B rows, T tokens, G rows of a global batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treelora.data.batches import NO_LOSS, Batch
+from treelora.data.batches import NO_LOSS, Batch, joined
 from treelora.engine import Engine
 from treelora.errors import ConfigError
 from treelora.methods.episodic import PURPOSE_REPLACED, EpisodicMethod, choose
-from treelora.models.causal import answer_logits
+from treelora.objective import answer_logits
 from treelora.options.peers import ReplayOptions
-
-
-def join(own: Batch, kept: Sequence[int], replayed: Batch) -> Batch:
-    """The `kept` rows of one batch and all rows of another, left-padded to the wider one."""
-    width = max(own["labels"].shape[1], replayed["labels"].shape[1])
-
-    def joined(own_BT: Tensor, replayed_BT: Tensor, fill: int) -> Tensor:
-        parts = (own_BT[list(kept)], replayed_BT)
-        return torch.cat([F.pad(part, (width - part.shape[1], 0), value=fill) for part in parts])
-
-    return Batch(
-        input_ids=joined(own["input_ids"], replayed["input_ids"], 0),
-        attention_mask=joined(own["attention_mask"], replayed["attention_mask"], 0),
-        position_ids=joined(own["position_ids"], replayed["position_ids"], 0),
-        labels=joined(own["labels"], replayed["labels"], NO_LOSS),
-        answer_width=max(own["answer_width"], replayed["answer_width"]),
-    )
 
 
 class Replay(EpisodicMethod):
@@ -107,7 +89,7 @@ class Replay(EpisodicMethod):
         rows = len(batch["labels"])
         if plan:
             kept = [row for row in range(rows) if row not in plan]
-            batch = join(batch, kept, self.task.fetch(list(plan.values())))
+            batch = joined(batch, kept, self.task.fetch(list(plan.values())))
         logits_BWV, labels_BW = answer_logits(engine.forward_model(), batch)
         losses = F.cross_entropy(
             logits_BWV.flatten(0, 1).float(), labels_BW.flatten(), ignore_index=NO_LOSS, reduction="none"

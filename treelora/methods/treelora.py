@@ -24,7 +24,7 @@ from treelora.methods.base import Method, StepMetrics, TaskContext
 from treelora.methods.extra_gradient import flatten
 from treelora.methods.treelora_pull import Losses, Scalars, arm_adapter, pull_adapter, pull_gradients
 from treelora.methods.treelora_signature import SignatureSource, pack_past, unpack_past
-from treelora.models.causal import answer_loss
+from treelora.objective import answer_loss
 from treelora.options.tree import TreeLoRAOptions
 from treelora.sketch import residual
 

@@ -19,7 +19,7 @@ from treelora.adapters import AdapterState
 from treelora.data.batches import Batch
 from treelora.engine import Engine
 from treelora.methods.base import Method, StepMetrics, TaskContext
-from treelora.models.causal import answer_loss
+from treelora.objective import answer_loss
 from treelora.official import Accumulator, OfficialSearch, epoch_place, official_penalty, ramp, stack_values
 from treelora.official_tree import OfficialTree
 from treelora.options.tree import TreeLoRAOptions

@@ -16,7 +16,7 @@ from treelora.engine import Engine
 from treelora.methods.base import TaskContext
 from treelora.methods.extra_gradient import adapter_gradient
 from treelora.methods.treelora_pull import Losses
-from treelora.models.causal import answer_loss
+from treelora.objective import answer_loss
 from treelora.options.tree import TreeLoRAOptions
 from treelora.signature import GradientProbe, adapter_value_vectors, gradient_vectors
 from treelora.sketch import CountSketch, normalise

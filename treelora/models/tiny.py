@@ -1,4 +1,4 @@
-"""A random Llama of a few thousand weights and a byte-level tokenizer, for tests that need no language."""
+"""A random Llama and a random ViT of a few thousand weights, and a byte-level tokenizer, for tests."""
 
 from __future__ import annotations
 
@@ -29,6 +29,25 @@ def tiny_model(seed: int = 0) -> nn.Module:
         use_cache=False,
     )
     model = LlamaForCausalLM(config)
+    model.requires_grad_(False)
+    return model
+
+
+def tiny_image_model(seed: int, classes: int) -> nn.Module:
+    """A ViT of two layers, width 32, for 8 x 8 pixels in patches of 2 x 2; float32, frozen."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=8,
+        patch_size=2,
+        num_labels=classes,  # type: ignore[call-arg]  # every configuration takes it
+    )
+    model = ViTForImageClassification(config)
     model.requires_grad_(False)
     return model
 

@@ -21,8 +21,11 @@ from treelora_platform.tracking_state import State
 Digest = Mapping[str, Any]
 """What of a run -> its value or SHA-256. Two runs are the same where their digests are equal."""
 
-_TIMES = ("time_unix_ms", "step_seconds", "peak_memory_mb")
-_UNEQUAL_METRICS = ("step_seconds", "tokens_per_second", "peak_memory_mb", "final/seconds", "final/tokens_per_second")
+_TIMES = ("time_unix_ms", "step_seconds", "data_seconds", "peak_memory_mb")
+_UNEQUAL_METRICS = (
+    *("step_seconds", "data_seconds", "tokens_per_second", "peak_memory_mb"),
+    *("final/seconds", "final/tokens_per_second"),
+)
 _SHOWN = 3
 
 

@@ -78,6 +78,16 @@ def class_names(parts: Sequence[Sequence[str]]) -> list[str]:
     return [f"classes {end - len(part) + 1}-{end}" for part, end in zip(parts, ends, strict=True)]
 
 
+def base_classes(where: str, order: Sequence[str], options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes that are held out for pre-training, in the order of all classes."""
+    wanted = options.get("base_classes")
+    if not isinstance(wanted, list | tuple):
+        return tuple(order[: whole_option(options, "base_classes", 0, 0) or 0])
+    if unknown := [name for name in wanted if name not in order]:
+        raise ConfigError(f"{where}: base class {unknown[0]!r} isn't one of its classes, {', '.join(order[:10])} ...")
+    return tuple(name for name in order if name in wanted)
+
+
 def plan_tasks(
     where: str,
     classes: Collection[str],
@@ -88,20 +98,21 @@ def plan_tasks(
     """The tasks that the options ask for.
 
     Options: ``protocol`` (class_incremental), ``tasks`` or ``classes_per_task``, ``class_seed`` (none: natural
-    order), ``base_classes`` (0): that many classes of the order appear in no task. Raises ConfigError for options
-    that contradict each other or the data, DataError naming ``where`` for tasks that could not be learnt.
+    order), ``base_classes`` (0): that many classes of the order, or those named, appear in no task. Raises
+    ConfigError for options that contradict each other or the data, DataError naming ``where`` for tasks that could
+    not be learnt.
     """
     protocol = options.get("protocol") or "class_incremental"
     if protocol not in PROTOCOLS:
         raise ConfigError(f"options.protocol is {protocol!r}; use one of {', '.join(PROTOCOLS)}")
     tasks = whole_option(options, "tasks", None, 1)
     per_task = whole_option(options, "classes_per_task", None, 1)
-    held_out = whole_option(options, "base_classes", 0, 0) or 0
     order = class_order(classes, whole_option(options, "class_seed", None, 0))
-    base, rest = order[:held_out], order[held_out:]
+    base = base_classes(where, order, options)
+    rest = tuple(name for name in order if name not in base)
     if len(rest) < 2:
         raise DataError(
-            f"{where}: {len(rest)} of {len(order)} classes are left for tasks after {held_out} base classes; "
+            f"{where}: {len(rest)} of {len(order)} classes are left for tasks after {len(base)} base classes; "
             "at least two are needed"
         )
     if protocol == "domain_incremental":
