@@ -166,7 +166,10 @@ def list_files(root: str) -> list[str]:
         infos = fs.get_file_info(pafs.FileSelector(inner, recursive=True))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{root}: can't be listed ({error})") from error
-    return sorted(info.path[len(inner) + 1 :] for info in infos if info.type == pafs.FileType.File)
+    try:
+        return sorted(info.path[len(inner) + 1 :] for info in infos if info.type == pafs.FileType.File)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{root}: a file name below it is not UTF-8: {error.object!r}; rename it") from error
 
 
 def find_tasks(root: str, marker: str, names: Sequence[str] | None) -> dict[str, str]:
