@@ -209,7 +209,9 @@ class TestSkipped:
         target = os.fsencode(tmp_path / "in/train/a") + b"/\xff.png"
         with open(target, "wb") as file:
             file.write(encoded(noise(1)))
-        with pytest.raises(DataError, match=r"in: a file name below it is not UTF-8: b'.*/train/a/\\xff\.png'; rename it"):
+        with pytest.raises(
+            DataError, match=r"in: a file name below it is not UTF-8: b'.*/train/a/\\xff\.png'; rename it"
+        ):
             folder_import(tmp_path, tasks=2)
 
 

@@ -18,7 +18,7 @@ from treelora.data.importers.report import ImportReport, refuse_other_task, remo
 from treelora.data.names import slugify
 from treelora.data.schema import SPLITS, SplitMeta
 from treelora.data.task import open_task
-from treelora.errors import DataError
+from treelora.errors import ConfigError, DataError
 
 ImageReader = Callable[[str, Options], RawImages]
 IMAGE_OPTIONS = PROTOCOL_OPTIONS | {"limit"}
@@ -118,6 +118,12 @@ def _write(
 ) -> list[ImportReport]:
     folders = _folders(raw.where, tasks, out)
     limit: int | None = options.get("limit")
+    for task in tasks:
+        if limit is not None and task.domain is None and limit < len(task.choices):
+            raise ConfigError(
+                f"options.limit is {limit}, but task {task.name!r} has {len(task.choices)} classes, each of which needs "
+                "an image"
+            )
     known = _classes(raw.splits["train"])
     made: dict[str, list[_Target]] = {}
     with ExitStack() as files:
