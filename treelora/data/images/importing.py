@@ -121,8 +121,8 @@ def _write(
     for task in tasks:
         if limit is not None and task.domain is None and limit < len(task.choices):
             raise ConfigError(
-                f"options.limit is {limit}, but task {task.name!r} has {len(task.choices)} classes, each of which needs "
-                "an image"
+                f"options.limit is {limit}, but task {task.name!r} has {len(task.choices)} classes; each "
+                "needs an image"
             )
     known = _classes(raw.splits["train"])
     made: dict[str, list[_Target]] = {}
