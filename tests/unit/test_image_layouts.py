@@ -80,7 +80,7 @@ class TestLabelFiles:
             ("file,class\na,b", r"its header is \['file', 'class'\]; use filename,label"),
             ("filename,label\na,b,c", "line 2: 3 cells"),
             ("filename,label\na,b\n./a,c", "line 3: 'a' is labelled 'c' here and 'b' before"),
-            ("filename,label\n,b", "line 2: the file name is ''"),
+            ("filename,label\n ,b", "line 2: the file name is ' '"),
             ('filename,label\n"a,b', "line 2: not CSV"),
             ("filename,label\n", "names no files"),
             ("filename,label\na.png,b", "names no image below"),

@@ -38,6 +38,9 @@ class TestRows:
         for i in range(7):
             assert np.array_equal(found.item(i), noise(i, 5, 3))
             assert found.label(i) == found.labels[i]
+        assert np.array_equal(
+            found.items(np.array([6, 2, 6])), np.stack([noise(6, 5, 3), noise(2, 5, 3), noise(6, 5, 3)])
+        )
         for wrong in (-1, 7):
             with pytest.raises(IndexError, match=f"row {wrong} of 7"):
                 found.item(wrong)

@@ -129,6 +129,15 @@ class TestFolders:
         reports = folder_import(tmp_path, layout="domain/class", protocol="domain_incremental")
         assert [report.rows for report in reports] == [{"train": 8, "test": 2}] * 2
 
+    def test_a_domain_of_test_alone_is_counted(self, tmp_path: Path) -> None:
+        class_folders(tmp_path / "in", {f"photo/{key}": 2 for key in FOUR} | {"sketch/test/a": 3})
+        options = {"layout": "domain/split/class", "protocol": "domain_incremental"}
+        (report,) = folder_import(tmp_path, **options)
+        assert (report.rows, report.skipped) == ({"train": 8, "test": 8}, {"domain is not in training": 3})
+        class_folders(tmp_path / "in", {"sketch/train/a": 1})
+        assert folder_import(tmp_path, ["photo"], **options)[0].skipped == {}
+        assert folder_import(tmp_path, **options)[1].rows == {"train": 1, "test": 3}
+
     def test_names_choose_and_order(self, tmp_path: Path) -> None:
         class_folders(tmp_path / "in", FOUR)
         reports = folder_import(tmp_path, ["classes c, d"], tasks=2)
@@ -255,6 +264,7 @@ class TestRefused:
                 r"options\.test_share is 1\.5; use a number between 0 and 1",
             ),
             ({"layout": "domain/class", "splits": {"test": "val"}}, r"options\.splits needs folders for splits"),
+            ({"splits": "val"}, r"options\.splits is 'val'; map our splits to folders"),
             ({"columns": {}}, r"importer 'image_folder' has no option \['columns'\]"),
             ({"limit": 0}, "limit is 0"),
             ({"labels": "l.csv", "layout": "class"}, "don't go together"),

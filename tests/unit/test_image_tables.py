@@ -50,7 +50,8 @@ class TestTables:
         assert (first.task.choices, second.task.choices) == (("w", "x"), ("y", "z"))
         assert [row.image for row in rows_of(first, "test")] == [encoded(noise(i)) for i in (0, 1)]
         assert second.skipped == {"image is empty": 4}
-        self.both(tmp_path / "in", images[:4], [10, 9, 2, 1])
+        self.both(tmp_path / "in", [*images[:4], images[0]], [10, 9, 2, 1, -1])
+        assert self.read(tmp_path)[0].skipped == {"label is negative": 2}
         assert [r.task.choices for r in self.read(tmp_path, limit=2)] == [("1", "2"), ("9", "10")]
         with pytest.raises(ConfigError, match=r"options\.limit is 1, but task 'classes 1, 2' has 2 classes"):
             self.read(tmp_path, limit=1)

@@ -23,7 +23,7 @@ from treelora.errors import ConfigError, DataError
 ImageReader = Callable[[str, Options], RawImages]
 IMAGE_OPTIONS = PROTOCOL_OPTIONS | {"limit"}
 
-_UNKNOWN_CLASS = "class is not in training"
+_UNKNOWN_CLASS, _UNKNOWN_DOMAIN = "class is not in training", "domain is not in training"
 
 
 @dataclass
@@ -121,10 +121,8 @@ def _write(
     for task in tasks:
         if limit is not None and task.domain is None and limit < len(task.choices):
             raise ConfigError(
-                f"options.limit is {limit}, but task {task.name!r} has {len(task.choices)} classes; each "
-                "needs an image"
+                f"options.limit is {limit}, but task {task.name!r} has {len(task.choices)} classes; each needs an image"
             )
-    known = _classes(raw.splits["train"])
     made: dict[str, list[_Target]] = {}
     with ExitStack() as files:
         for split in (split for split in SPLITS if split in raw.splits):
@@ -136,7 +134,7 @@ def _write(
                 writer = files.enter_context(ImageWriter(sink, where, task.choices))
                 targets.append(_Target(task, writer, quota))
             made[split] = targets
-            _fill(raw.splits[split], targets, known)
+            _fill(raw.splits[split], targets, raw.splits["train"])
         for split, targets in made.items():
             for target in targets:
                 _refuse_empty(raw.where, split, target)
@@ -164,27 +162,32 @@ def _folders(where: str, tasks: Sequence[TaskPlan], out: str | Path) -> list[str
 def _counts(task: TaskPlan, split: RawSplit) -> dict[str, int]:
     counts = dict.fromkeys(task.choices, 0)
     for row in split.rows:
-        if _row_problem(row) is None and row.label is not None and task.takes(row.label, row.domain):
+        if row.label in counts and task.domain in (None, row.domain) and _row_problem(row) is None:
             counts[row.label] += 1
     return counts
 
 
-def _fill(split: RawSplit, targets: Sequence[_Target], known: set[str]) -> None:
+def _fill(split: RawSplit, targets: Sequence[_Target], train: RawSplit) -> None:
     """Send every image of a split to its task; unusable rows that belong to no task are counted with the first."""
+    classes, domains = _classes(train), {row.domain for row in train.rows}
+    routes = {(label, target.task.domain): target for target in targets for label in target.task.choices}
+    by_domain = any(target.task.domain is not None for target in targets)
     wanted: list[tuple[ImageRow, int, _Target]] = []
     ids: set[str] = set()
     for index, row in enumerate(split.rows):
         problem = _row_problem(row)
         label = row.label if problem is None else None
-        if label is not None and label not in known:
+        if label is not None and label not in classes:
             problem = _UNKNOWN_CLASS
+        elif problem is None and by_domain and row.domain not in domains:
+            problem = _UNKNOWN_DOMAIN
         if problem is None and row.id in ids:
             problem = "id is repeated"
-        target = next((target for target in targets if target.task.takes(row.label or "", row.domain)), None)
+        target = routes.get((row.label or "", row.domain if by_domain else None))
         if problem is None and target is not None:
             ids.add(row.id)
             wanted.append((row, index, target))
-        elif problem is not None and (target is not None or row.label not in known):
+        elif problem is not None and (target is not None or problem == _UNKNOWN_DOMAIN or row.label not in classes):
             (target or _nearest(row, targets)).skipped.add(problem, row.place)
     queue: deque[tuple[ImageRow, _Target]] = deque()
 

@@ -7,6 +7,7 @@ that stream, as token caches have it. Shapes: H rows and W columns of pixels, n 
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -93,6 +94,10 @@ class ImageRows:
         """uint8 [H, W, 3], a read-only view into the file."""
         batch, row = self._place(i)
         return self._pixels[batch][row]
+
+    def items(self, indices: Iterable[int]) -> Pixels:
+        """uint8 [B, H, W, 3], a copy of some rows, as a batch takes them."""
+        return np.stack([self.item(int(i)) for i in indices])
 
     def label(self, i: int) -> int:
         """Index of the image's class among the choices."""

@@ -24,10 +24,6 @@ class TaskPlan:
     choices: tuple[str, ...]
     domain: str | None = None
 
-    def takes(self, label: str, domain: str | None) -> bool:
-        """Whether a row belongs here."""
-        return label in self.choices and self.domain in (None, domain)
-
 
 @dataclass(frozen=True)
 class Plan:

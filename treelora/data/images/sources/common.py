@@ -52,7 +52,11 @@ class RawImages:
 def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """Sort key that puts "class 2" before "class 10"."""
     parts = re.split(r"([0-9]+)", name)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part.casefold()) for part in parts if part], name
+    # A number is compared by its length and then its digits: int() refuses thousands of them.
+    plain = [part.lstrip("0") if part[:1].isdecimal() else part.casefold() for part in parts]
+    numbers = [part[:1].isdecimal() for part in parts]
+    key = [(0, len(text), text) if number else (1, 0, text) for text, number in zip(plain, numbers, strict=True)]
+    return [item for item, part in zip(key, parts, strict=True) if part], name
 
 
 def permutation(n: int, *key: object) -> npt.NDArray[np.int64]:
@@ -98,11 +102,13 @@ def split_by_share(whole: RawSplit, share: float, seed: int) -> dict[str, RawSpl
     """Train and test of a data set that has no splits of its own: the same share of every class.
 
     Of n images of a class (and domain) round(share * n) go to test, at least one and never all; a class of one
-    image goes to training. Which ones depends on the seed, the class and n alone, not on the other classes.
+    image goes to training, and so do rows with a problem. Which ones depends on the seed, the class and n alone, not
+    on the other classes.
     """
     groups: dict[tuple[str | None, str | None], list[int]] = {}
     for index, row in enumerate(whole.rows):
-        groups.setdefault((row.domain, row.label), []).append(index)
+        if row.problem is None:
+            groups.setdefault((row.domain, row.label), []).append(index)
     test: set[int] = set()
     for (domain, label), members in groups.items():
         n = len(members)

@@ -34,16 +34,16 @@ def read(path: str, options: Options) -> RawImages:
     """
     root = path.rstrip("/")
     files = image_files(root)
-    labels_file = options.get("labels")
+    labels_file = options.get("labels") and text_option(options, "labels", "").removeprefix("./")
     splits = _split_names(files, options)
-    if labels_file is None:
+    if not labels_file:
         layout = text_option(options, "layout", "split/class" if splits else "class")
         if layout not in LAYOUTS:
             raise ConfigError(f"options.layout is {layout!r}; use one of {', '.join(LAYOUTS)}")
         return from_folders(root, files, layout, options, {})
     if "layout" in options:
         raise ConfigError("options.labels and options.layout don't go together: the file gives the classes")
-    return _from_labels(root, [name for name in files if name != labels_file], str(labels_file), splits, options)
+    return _from_labels(root, [name for name in files if name != labels_file], labels_file, splits, options)
 
 
 def read_imagenet_r(path: str, options: Options) -> RawImages:
@@ -71,8 +71,11 @@ def image_files(root: str) -> list[str]:
 
 def _split_names(files: Sequence[str], options: Options) -> dict[str, str] | None:
     """{our split: folder} where the top folders are splits."""
+    asked = options.get("splits", {})
+    if not isinstance(asked, Mapping):
+        raise ConfigError(f"options.splits is {asked!r}; map our splits to folders, such as {{test: val}}")
     tops = {name.split("/")[0] for name in files if "/" in name}
-    known = {name for names in SPLIT_NAMES.values() for name in names} | set(options.get("splits", {}).values())
+    known = {name for names in SPLIT_NAMES.values() for name in names} | set(asked.values())
     return None if not tops or tops - known else {top: top for top in tops}
 
 

@@ -18,13 +18,13 @@ def read_labels(uri: str) -> dict[str, str | None]:
     pairs = _json_pairs(uri) if uri.endswith(".json") else _csv_pairs(uri)
     labels: dict[str, str | None] = {}
     for place, name, label in pairs:
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name.strip():
             raise DataError(f"{uri}: {place}: the file name is {name!r}; use a path from the root folder")
         if isinstance(label, int) and not isinstance(label, bool):
             label = str(label)
         if label is not None and not isinstance(label, str):
             raise DataError(f"{uri}: {place}: the label of {name!r} is {label!r}; use a text or a whole number")
-        name = name.removeprefix("./")
+        name, label = name.strip().removeprefix("./"), label and label.strip()
         if name in labels and labels[name] != label:
             raise DataError(f"{uri}: {place}: {name!r} is labelled {label!r} here and {labels[name]!r} before")
         labels[name] = label
@@ -39,7 +39,7 @@ def folder_label(where: str, name: str, label: str | None, classes: frozenset[st
     A folder counts as a class where some file has its name for a label: folders may group files otherwise.
     """
     parts = name.split("/")
-    if len(parts) > 1 and parts[-2] in classes and parts[-2] != label:
+    if label is not None and len(parts) > 1 and parts[-2] in classes and parts[-2] != label:
         raise DataError(
             f"{where}: {name!r} is labelled {label!r}, but lies in the folder of {parts[-2]!r}; correct one"
         )

@@ -72,12 +72,13 @@ def label_text(value: Any, names: tuple[str, ...]) -> tuple[str | None, str | No
     if value is None:
         return None, "label is null"
     if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape"), None
+        value = value.decode("utf-8", "surrogateescape")
     if isinstance(value, int) and not isinstance(value, bool):
         if not names:
-            return str(value), None
+            # -1 is how many tables say that a row has no label.
+            return (str(value), None) if value >= 0 else (None, "label is negative")
         return (names[value], None) if 0 <= value < len(names) else (None, "label is outside the class names")
-    return (value, None) if isinstance(value, str) else (None, f"label is {type(value).__name__}, not text")
+    return (value.strip(), None) if isinstance(value, str) else (None, f"label is {type(value).__name__}, not text")
 
 
 def _load(uri: str, path: str, wanted: Iterable[int]) -> Iterator[Loader]:
