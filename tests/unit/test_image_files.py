@@ -69,6 +69,18 @@ class TestRoundTrip:
         assert file.schema_arrow.field("image").type == pa.binary()
         assert list(read_images(path)) == rows
 
+    def test_reading_holds_a_row_group_and_not_the_file(self, path: Path) -> None:
+        size = 100_000
+        rows = (ImageExample(str(i), i.to_bytes(2) * (size // 2), "cat") for i in range(80))
+        with path.open("wb") as sink, ImageWriter(sink, str(path), ("cat", "dog"), piece_bytes=4 * size) as writer:
+            for row in rows:
+                writer.add(row)
+            writer.finish(meta())
+        before = pa.total_allocated_bytes()
+        held = [pa.total_allocated_bytes() - before for _ in read_images(path)]
+        assert len(held) == 80
+        assert max(held) < 20 * size
+
     def test_the_digest_is_that_of_rows_then_description(self, path: Path) -> None:
         rows = examples(3)
         write_images(path, rows, meta())

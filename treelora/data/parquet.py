@@ -114,6 +114,13 @@ def opened(path: str | Path) -> Iterator[pq.ParquetFile]:
         raise DataError(f"{where}: can't be read as Parquet ({error}); copy or import it again") from error
 
 
+def batches_of(file: pq.ParquetFile, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
+    """The named columns, at most ``rows`` rows at a time, with no more than a row group in memory."""
+    # Over several row groups at once Arrow keeps what it has read until the last of them.
+    for group in range(file.num_row_groups):
+        yield from file.iter_batches(rows, row_groups=[group], columns=list(columns), use_threads=False)
+
+
 def open_columns(path: str | Path, columns: Sequence[str]) -> tuple[pa.Table, pa.Schema]:
     """Those of the named columns that a foreign Parquet file has, texts as bytes; and the file's schema."""
     with opened(path) as file:

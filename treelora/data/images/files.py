@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from treelora.data.files import opened_atomically
-from treelora.data.parquet import description_of, is_text, meta_of, opened, refused_type
+from treelora.data.parquet import batches_of, description_of, is_text, meta_of, opened, refused_type
 from treelora.data.schema import METADATA_KEY, SplitMeta
 from treelora.errors import DataError
 
@@ -182,7 +182,7 @@ def read_images(path: str | Path) -> Iterator[ImageExample]:
         if meta.kind != "image":
             raise DataError(f"{where}: holds a task of kind {meta.kind!r}, not images")
         checker, choices = _Checker(where), frozenset(meta.choices)
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(COLUMNS)):
+        for batch in batches_of(file, COLUMNS, _BATCH_ROWS):
             ids, images, labels = (batch.column(batch.schema.get_field_index(key)) for key in COLUMNS)
             for i in range(batch.num_rows):
                 at = f"{where}: row {checker.rows}"

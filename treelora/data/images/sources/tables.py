@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from treelora.data.images.sources.common import ImageRow, Loader, RawImages, RawSplit, text_option
 from treelora.data.importers.common import Options, split_files
-from treelora.data.parquet import opened, refused_type
+from treelora.data.parquet import batches_of, opened, refused_type
 from treelora.errors import DataError
 
 _BATCH_ROWS = 64
@@ -85,7 +85,7 @@ def _load(uri: str, path: str, wanted: Iterable[int]) -> Iterator[Loader]:
     """Bytes of ascending rows in one pass, a few at a time."""
     with opened(uri) as file:
         start = 0
-        batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=[path])
+        batches = batches_of(file, [path], _BATCH_ROWS)
         column: Any = []
         for index in wanted:
             while index >= start + len(column):
