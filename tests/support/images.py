@@ -27,7 +27,7 @@ def noise(seed: int, height: int = 4, width: int = 4) -> np.ndarray:
 
 def tiff(channels: int, extra: Sequence[int] | None = None, photometric: int = 2, side: int = 2) -> bytes:
     """An uncompressed TIFF with any number of 8-bit channels, as the specification lays it out."""
-    data = bytes(range(side * side * channels))
+    data = bytes(i % 256 for i in range(side * side * channels))
     tags: dict[int, tuple[str, Sequence[int]]] = {
         256: ("H", [side]),
         257: ("H", [side]),

@@ -76,7 +76,7 @@ class TestModes:
         image = Image.new("CMYK", (1, 1), (255, 0, 0, 0))
         assert pixels(saved(image, "TIFF")).tolist() == [[[0, 255, 255]]]
 
-    @pytest.mark.parametrize("format", ["PNG", "TIFF"])
+    @pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
     def test_sixteen_bits_become_their_upper_eight(self, format: str) -> None:
         deep = np.array([[0, 255, 256], [0x8001, 0xFFFF, 0x12FF]], np.uint16)
         want = [[0, 0, 1], [0x80, 0xFF, 0x12]]
@@ -133,6 +133,7 @@ class TestRefused:
         assert pixels(tiff(3)).tolist() == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]]
         for data, channels in ((tiff(2, [0], 1), 2), (tiff(2, None, 1), 2), (tiff(5, [0, 0]), 5), (tiff(7), 7)):
             assert reason(data) == f"image has {channels} channels"
+        assert reason(tiff(65)) == "image has more than 64 channels"
         assert pixels(tiff(2, [2], 1))[:, :, 0].tolist() == [[0, 2], [4, 6]]
 
     def test_numbers_that_are_no_colours(self) -> None:

@@ -17,6 +17,7 @@ _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _TIFF_STARTS = (b"II*\0", b"MM\0*")
 _SAMPLES_PER_PIXEL, _EXTRA_SAMPLES, _ORIENTATION = 277, 338, 0x0112
 _ALPHA = (1, 2)
+_CHANNELS_TOLD = 64
 _UNDECODABLE = "image can't be decoded"
 _TOO_LARGE = f"image is larger than {MAX_PIXELS:,} pixels"
 
@@ -39,7 +40,7 @@ def decode(data: bytes) -> "Image":
     try:
         image.load()
         turned = _upright(image)
-        if turned.mode in _SIXTEEN_BITS:
+        if turned.mode in _SIXTEEN_BITS or turned.mode == "I":
             from PIL import Image
 
             upper = (np.asarray(turned).astype(np.uint16) >> 8).astype(np.uint8)
@@ -77,7 +78,9 @@ def _opened(data: bytes) -> "Image":
         raise ImageProblem(_TOO_LARGE)
     if not image.width * image.height:
         raise ImageProblem("image is empty")
-    if image.mode not in _DIRECT_MODES and image.mode not in _SIXTEEN_BITS:
+    # Pillow holds a PGM of 16 bits in 32; elsewhere 32 bits are measurements.
+    deep = image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format == "PPM")
+    if image.mode not in _DIRECT_MODES and not deep:
         raise ImageProblem(f"image mode {image.mode} is not a picture's")
     return image
 
@@ -99,7 +102,8 @@ def _check_tiff_channels(data: bytes) -> None:
     except Exception as error:  # decoders of hostile bytes raise whatever they stumble over
         raise ImageProblem(_UNDECODABLE) from error
     if channels not in (1, 3, 4) and not (channels == 2 and extra and extra[0] in _ALPHA):
-        raise ImageProblem(f"image has {channels} channels")
+        many = f"more than {_CHANNELS_TOLD}" if channels > _CHANNELS_TOLD else channels
+        raise ImageProblem(f"image has {many} channels")
 
 
 def _orientation(image: "Image") -> int:
