@@ -65,7 +65,7 @@ def test_sequential_is_plain_fine_tuning_with_local_cross_entropy(tmp_path: Path
 
 @pytest.mark.parametrize(("mask", "kept"), [("local", True), ("seen", False)])
 def test_the_head_grows(mask: str, kept: bool, tmp_path: Path) -> None:
-    """Rows of classes to come are as they began; under the local mask those of past tasks are as their task left them."""
+    """Rows for classes to come are as they began; a local mask leaves those of past tasks as they were learnt."""
     loop, heads = build_loop(image_config(tmp_path, method="sequential", vision={"mask": mask})), []
     fresh = read_head(loop.engine)
     keep = loop.hooks.commit
