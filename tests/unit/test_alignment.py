@@ -34,7 +34,9 @@ def test_draws_have_the_classes_moments() -> None:
     x, y = alignment.draw(20_000, torch.Generator().manual_seed(0))
     assert y.bincount().tolist() == [20_000] * 4
     for task, (own, labels) in enumerate(data):
-        within = np.cov(np.concatenate([own[labels == c] - own[labels == c].mean(0) for c in labels.unique()]).T, ddof=0)
+        within = np.cov(
+            np.concatenate([own[labels == c] - own[labels == c].mean(0) for c in labels.unique()]).T, ddof=0
+        )
         for place in (2 * task, 2 * task + 1):
             drawn = x[y == place].numpy()
             np.testing.assert_allclose(drawn.mean(0), own[labels == place].mean(0).numpy(), atol=0.06)
