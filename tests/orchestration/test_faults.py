@@ -20,6 +20,7 @@ from treelora_platform.run_tables import read_scores, read_steps
 STALL_S = 8
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_is_left_behind(expected: Result, console: Console, tmp_path: Path) -> None:
     config, step = config_in(tmp_path, cluster={"workers": 2, "stall_seconds": STALL_S}), random.randrange(3, 3 * STEPS)
     with striking(tmp_path / "tiny", step, psutil.Process.suspend) as frozen:

@@ -104,6 +104,7 @@ def test_a_second_live_run_is_refused(whole: Path, console: Console) -> None:
             run_experiment(config_in(whole.parent), console)
 
 
+@pytest.mark.slow
 def test_fresh_and_a_killed_worker(whole: Path, expected: Result, console: Console, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "tiny")
     config, step = config_in(tmp_path), random.randrange(3, 3 * STEPS)
@@ -217,6 +218,7 @@ def test_what_cannot_be_run_is_refused_in_one_line(case: str, tmp_path: Path) ->
     assert not (tmp_path / "runs" / "tiny").exists()
 
 
+@pytest.mark.slow
 def test_a_frozen_model_is_scored_by_two_workers(console: Console, tmp_path: Path) -> None:
     """Nothing is trained between start and first commit: a rank may look for a commit when another has made one."""
     config = config_in(tmp_path, name="frozen", method="frozen", evaluation={"in_context_examples": 2})

@@ -117,6 +117,7 @@ def test_a_call_that_always_kills_the_actor_is_given_up_and_named(site: Site) ->
         learn(client, CONFIG, 1, STEPS)
 
 
+@pytest.mark.slow
 def test_a_hung_actor_is_ended_and_comes_back(site: Site) -> None:
     client = site.client(timeout_s=30.0)
     site.strike(signal.SIGSTOP)
