@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,9 @@ def _save(packed: Path, folder: Path, logged: Any, run_id: str, tags: Mapping[st
     from mlflow.models import Model
     from mlflow.pyfunc import save_model
 
-    example = {"prompt": ["red green blue", "one two three"], "choices": [["yes", "no"], ["yes", "no"]]}
+    images = load_run_config(packed).images
+    texts = {"prompt": ["red green blue", "one two three"], "choices": [["yes", "no"], ["yes", "no"]]}
+    example = {"image": [blank_png()]} if images else texts
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
     # unless told, MLflow copies a lock file that lies in the working directory
     with _environment(MLFLOW_UV_AUTO_DETECT="false", MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"):
@@ -116,7 +119,7 @@ def _save(packed: Path, folder: Path, logged: Any, run_id: str, tags: Mapping[st
             ),  # the model notes the path: not that of this machine's packages
             artifacts={"run": str(packed)},
             mlflow_model=Model(logged.artifact_location, run_id, model_uuid=logged.model_id, model_id=logged.model_id),
-            signature=signature(),
+            signature=signature(images),
             input_example=pd.DataFrame(example),
             pip_requirements=requirements(),
             model_config={"base_model": tags["base_model"]},  # what isn't named here can't be given on loading
@@ -124,14 +127,24 @@ def _save(packed: Path, folder: Path, logged: Any, run_id: str, tags: Mapping[st
         )
 
 
-def signature() -> Any:
+def blank_png() -> bytes:
+    """An image, to show what a model takes."""
+    from PIL import Image
+
+    file = BytesIO()
+    Image.new("L", (8, 8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def signature(images: bool = False) -> Any:
     """What a registered model takes and gives: see `pyfunc_model.RunModel.predict`."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import Array
 
+    texts: list[Any] = [ColSpec(DataType.string, "prompt"), ColSpec(Array(DataType.string), "choices", required=False)]
     return ModelSignature(
-        inputs=Schema([ColSpec(DataType.string, "prompt"), ColSpec(Array(DataType.string), "choices", required=False)]),
+        inputs=Schema([ColSpec(DataType.binary, "image")] if images else texts),
         outputs=Schema(
             [
                 ColSpec(DataType.string, "answer"),

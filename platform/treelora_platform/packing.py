@@ -79,7 +79,8 @@ def _reduced(commit: Commit) -> Commit:
     from torch import frombuffer, uint8
 
     evaluator = dict(commit.parts["evaluator"]) | {"answers": frombuffer(bytearray(b"[]"), dtype=uint8)}
-    parts = {"adapter": commit.parts["adapter"], "evaluator": evaluator, "memory": commit.parts.get("memory", {})}
+    parts = {"adapter": commit.parts["adapter"], "evaluator": evaluator}
+    parts |= {part: commit.parts.get(part, {}) for part in ("head", "memory")}
     return Commit(commit.position, commit.adapters, parts)
 
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 from treelora.adapters import grown, load_adapter
 from treelora.engine import OptimizerSpec, TorchEngine
 from treelora.errors import CheckpointError, ConfigError
-from treelora.evaluation.evaluator import router_of
+from treelora.evaluation.evaluator import reader_state, router_of
 from treelora.local_memory import unpack_state
 from treelora.memory import TaskMemory
 from treelora.methods import METHODS
@@ -30,6 +30,8 @@ from treelora_platform.prepare import prepare_stream
 from treelora_platform.run import load_run_config
 from treelora_platform.run_tables import read_run_json, read_task_choices
 from treelora_platform.serving import Learnt, Predictor
+from treelora_platform.serving_images import ImagePredictor, image_prompts
+from treelora_platform.serving_text import TextPredictor
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,10 @@ def predict_file(
     def note(text: str) -> None:
         notes.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
 
-    prompts = read_prompts(source, form)
+    images = load_run_config(run_dir).images
+    if images and (form or options.choices is not None):
+        raise ConfigError(f"{run_dir}: learnt images; --format and --choices are for prompts")
+    prompts = image_prompts(source) if images else read_prompts(source, form)
     with quiet(), notes.status("loading the model") if notes.is_terminal else nullcontext():
         predictor = open_predictor(run_dir, options, note)
     if table and not out:
@@ -88,9 +93,7 @@ def predict_file(
                 file.writelines(map(as_line, part))
                 file.flush()
     if predictor.cut:
-        note(
-            f"{predictor.cut} of {len(prompts)} prompts were cut on the left (max_length {predictor.model.max_length})"
-        )
+        note(f"{predictor.cut} of {len(prompts)} prompts were cut on the left, to the run's max_length")
 
 
 def open_predictor(
@@ -122,7 +125,9 @@ def open_predictor(
         raise CheckpointError(f"{run_dir}: the commit lacks its {', '.join(lacking)}")
     router = router_of(commit.parts["evaluator"])
     inference = _inference(run_dir, config, options, commit, bool(router.names))
-    choices = _task_choices(run_dir, config) if inference == "routed" or options.task is not None else {}
+    choices = (
+        _task_choices(run_dir, config) if config.images or inference == "routed" or options.task is not None else {}
+    )
     names = () if METHODS[config.method].joint else tuple(choices)[: len(commit.adapters)]
     if options.task is not None and options.task not in names:
         known = f"it has learnt {', '.join(names)}" if names else f"method {config.method} learns none by itself"
@@ -137,7 +142,6 @@ def open_predictor(
     past = None
     if inference == "routed" and config.evaluation.router_margin and "memory" in commit.parts:
         past = TaskMemory.from_state_dict(unpack_state(commit.parts["memory"])).past()
-    tokenizer = reuse.tokenizer if reuse else load_tokenizer(config.model.name)
     engine = reuse.engine if reuse else _engine(config, commit)
     shapes = {name: tensor.shape for name, tensor in engine.adapter_tensors().items()}
     states = {name: grown(load_adapter(run_dir / "adapters" / name), shapes) for name in dict.fromkeys(commit.adapters)}
@@ -146,7 +150,11 @@ def open_predictor(
     last = bank[-1] if within_task else grown(commit.parts["adapter"], shapes)
     learnt = Learnt(last, bank, names, choices, router, past)
     place = names.index(options.task) if options.task is not None else None
-    return Predictor(engine, tokenizer, learnt, config.model, config.evaluation, inference, place, options.choices)
+    if config.images:
+        engine.write_adapter(commit.parts["head"])
+        return ImagePredictor(engine, learnt, config, inference, place, reader_state(commit.parts["evaluator"]))
+    tokenizer = reuse.tokenizer if isinstance(reuse, TextPredictor) else load_tokenizer(config.model.name)
+    return TextPredictor(engine, tokenizer, learnt, config.model, config.evaluation, inference, place, options.choices)
 
 
 @contextmanager
@@ -191,7 +199,9 @@ def _inference(run_dir: Path, config: ExperimentConfig, options: PredictOptions,
 
 def default_inference(config: ExperimentConfig, router: bool) -> str:
     """The way of inference that a run is meant for; `router`: whether it has taught one."""
-    return config.treelora.inference if config.method == "treelora" else ("routed" if router else "last")
+    if config.method == "treelora":
+        return config.treelora.inference
+    return "routed" if router and METHODS[config.method].trains else "last"
 
 
 def _task_choices(run_dir: Path, config: ExperimentConfig) -> dict[str, tuple[str, ...]]:
@@ -201,5 +211,6 @@ def _task_choices(run_dir: Path, config: ExperimentConfig) -> dict[str, tuple[st
 
 def _engine(config: ExperimentConfig, commit: Commit) -> TorchEngine:
     rank = next(tensor.shape[0] for name, tensor in commit.parts["adapter"].items() if ".lora_A." in name)
-    model = load_adapted_model(config, max(1, rank // config.lora.rank))
+    classes = next((len(tensor) for tensor in commit.parts.get("head", {}).values()), 0)
+    model = load_adapted_model(config, max(1, rank // config.lora.rank), classes)
     return TorchEngine(model, OptimizerSpec(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))

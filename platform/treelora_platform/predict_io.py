@@ -23,7 +23,7 @@ _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request."""
+    """One request: a text, or an image."""
 
     where: str
     """File and line or row, for messages."""
@@ -31,6 +31,8 @@ class Prompt:
     text: str
     choices: tuple[str, ...] | None = None
     """What may be answered; (): free text; None: not said."""
+    image: bytes | None = None
+    """An encoded image, in place of the file that `text` names."""
 
 
 @dataclass(frozen=True)

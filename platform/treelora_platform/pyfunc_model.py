@@ -17,10 +17,11 @@ from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from treelora.errors import TreeLoRAError
+from treelora.errors import DataError, TreeLoRAError
 from treelora_platform.predict import PredictOptions, open_predictor, quiet
 from treelora_platform.predict_io import Prompt, checked_prompt
 from treelora_platform.serving import Predictor
+from treelora_platform.serving_images import ImagePredictor
 
 RUN = "run"
 """The model's artifact that holds the packed run."""
@@ -47,12 +48,12 @@ class RunModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Answer prompts.
+        """Answer prompts, or name the classes of images.
 
         Args:
             context: Not used: `load_context` has read it.
             model_input: Columns `prompt` and, where wanted, `choices` (a list a row; none: as the task does; an empty
-                one: free text).
+                one: free text); for a run on images the column `image`: encoded, as PNG or JPEG say.
             params: `inference`, `task`, `router_margin`, `max_new_tokens`; None: as the run is configured.
 
         Returns:
@@ -66,7 +67,11 @@ class RunModel(PythonModel):
         try:
             with self._lock:
                 predictor = self._with(options)
-                found = [answer for part in predictor.answers(list(_prompts(model_input))) for answer in part]
+                found = [
+                    answer
+                    for part in predictor.answers(list(_prompts(model_input, isinstance(predictor, ImagePredictor))))
+                    for answer in part
+                ]
         except TreeLoRAError as error:
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
         columns = {name: [getattr(answer, name) for answer in found] for name in COLUMNS}
@@ -80,7 +85,16 @@ class RunModel(PythonModel):
         return self._predictor
 
 
-def _prompts(table: pd.DataFrame) -> Iterator[Prompt]:
+def _prompts(table: pd.DataFrame, images: bool) -> Iterator[Prompt]:
+    wanted = "image" if images else "prompt"
+    if wanted not in table.columns:
+        raise DataError(f"there is no column {wanted!r}; found {', '.join(map(str, table.columns))}")
+    if images:  # never a path: a server would open any file for anybody
+        for number, data in enumerate(table["image"].tolist()):
+            if not isinstance(data, bytes):
+                raise DataError(f"row {number}: `image` is {type(data).__name__}; give the bytes of an encoded image")
+            yield Prompt(f"row {number}", number, "", image=data)
+        return
     choices = table["choices"].tolist() if "choices" in table.columns else [None] * len(table)
     for number, (text, own) in enumerate(zip(table["prompt"].tolist(), choices, strict=True)):
         yield checked_prompt(f"row {number}", number, text, _plain(own))

@@ -1,4 +1,4 @@
-"""`Predictor`: what a run has learnt, ready to answer prompts in one process; no label is needed.
+"""`Predictor`: what a run has learnt, ready to answer in one process; no label is needed.
 
 The base model is held once, and every adapter beside it. Prompts are taken a round at a time: all are routed, by the
 frozen model's first layers, and then each adapter is written into the model once and answers those that are its own.
@@ -9,6 +9,7 @@ Shapes: n prompts, F features.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from treelora.adapters import AdapterState, mean_adapter
-from treelora.data.prompting import PromptStyle, answer_with_end, cut_left, encode, resolve_frame
 from treelora.engine import TorchEngine
-from treelora.errors import DataError
-from treelora.evaluation.choice import score_choices
 from treelora.evaluation.fallback import adapter_key, adapter_of, answering_tasks
-from treelora.evaluation.features import prompt_features
-from treelora.evaluation.generate import generate_answers
 from treelora.evaluation.router import GaussianRouter, Routes
 from treelora.memory_records import Past
-from treelora_platform.config import EvaluationSettings, ModelConfig
+from treelora_platform.config import EvaluationSettings
 from treelora_platform.predict_io import Answer, Prompt
 
 ROUND = 16
@@ -48,39 +44,43 @@ class Learnt:
     """The method's tree, where a margin asks for it."""
 
 
-class Predictor:
-    """Answers prompts as the run's evaluator would.
+class Predictor(ABC):
+    """Answers prompts as the run's evaluator would; what a prompt is, a text or an image, the kinds of it know.
 
     Args:
         engine: The base model with room for an adapter.
         learnt: What the run has learnt.
-        model, evaluation: The run's settings: template, lengths, batches, router.
+        evaluation: The run's settings: batches, router.
         inference: last, merged or routed.
         task: Place of the task whose adapter answers everything; `inference` plays no part then.
-        choices: For prompts that don't bring their own; (): free text; None: those of the task that a prompt is
-            taken for.
     """
 
     def __init__(
         self,
         engine: TorchEngine,
-        tokenizer: Any,
         learnt: Learnt,
-        model: ModelConfig,
         evaluation: EvaluationSettings,
         inference: str,
         task: int | None = None,
-        choices: tuple[str, ...] | None = None,
     ):
-        self.engine, self.tokenizer, self.learnt = engine, tokenizer, learnt
-        self.model, self.evaluation = model, evaluation
-        self.inference, self.task, self.choices = inference, task, choices
-        self.frame = resolve_frame(tokenizer, PromptStyle(model.template, model.system_prompt))
+        self.engine, self.learnt, self.evaluation = engine, learnt, evaluation
+        self.inference, self.task = inference, task
         self.cut = 0
         """Prompts that lost their beginning so far, because they were longer than the run's max_length."""
         self._loaded = ""
         self._averages: dict[str, AdapterState] = {}
-        self._ids: dict[tuple[bool, str], list[int]] = {}
+
+    @abstractmethod
+    def _rows(self, prompts: Sequence[Prompt]) -> list[Any]:
+        """The prompts as the model takes them."""
+
+    @abstractmethod
+    def _features(self, rows: Sequence[Any]) -> Tensor:
+        """What the router reads, [n, F]."""
+
+    @abstractmethod
+    def _turn(self, rows: Sequence[Any], tasks: Sequence[str | None]) -> list[str]:
+        """Answers with the adapter that is loaded, to rows taken for these tasks."""
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[list[Answer]]:
         """Answers in order, a list for each round.
@@ -141,16 +141,6 @@ class Predictor:
     def _name(self, task: int | None) -> str | None:
         return None if task is None else self.learnt.names[task]
 
-    def _features(self, rows: Sequence[_Row]) -> Tensor:
-        return prompt_features(
-            self.engine.module,
-            [self._fitted(row, self._choice_ids(row, row.prompt.choices or ())) for row in rows],
-            layer=max(1, self.evaluation.router_layer),
-            pad_id=self.tokenizer.pad_token_id,
-            batch_rows=self.evaluation.batch_rows,
-            device=self.engine.device,
-        )
-
     def _adapter(self, key: str, tasks: Sequence[int]) -> AdapterState:
         if not tasks and (key == "last" or len(self.learnt.bank) == 1):
             return self.learnt.last
@@ -162,86 +152,3 @@ class Predictor:
             bank = self.learnt.bank
             self._averages[key] = adapter_of(bank, tasks) if tasks else mean_adapter(bank)
         return self._averages[key]
-
-    def _turn(self, rows: Sequence[_Row], tasks: Sequence[str | None]) -> list[str]:
-        """Answers with the adapter that is loaded, to rows taken for these tasks."""
-        choices = [self._choices(row, task) for row, task in zip(rows, tasks, strict=True)]
-        tokens = [self._choice_ids(row, own) for row, own in zip(rows, choices, strict=True)]
-        prompts = [self._fitted(row, own) for row, own in zip(rows, tokens, strict=True)]
-        self.cut += sum(len(ids) < len(row.ids) for ids, row in zip(prompts, rows, strict=True))
-        common: dict[str, Any] = {"batch_rows": self.evaluation.batch_rows, "device": self.engine.device}
-        answers = [""] * len(rows)
-        if chosen := [i for i, own in enumerate(choices) if own]:
-            scores = score_choices(
-                self.engine.module,
-                [prompts[i] for i in chosen],
-                [tokens[i] for i in chosen],
-                pad_id=self.tokenizer.pad_token_id,
-                **common,
-            )
-            for i, score in zip(chosen, scores, strict=True):
-                answers[i] = choices[i][int(score.argmax())]
-        if written := [i for i, own in enumerate(choices) if not own]:
-            texts = generate_answers(
-                self.engine.module,
-                self.tokenizer,
-                [prompts[i] for i in written],
-                max_new_tokens=self.evaluation.max_new_tokens,
-                **common,
-            )
-            for i, text in zip(written, texts, strict=True):
-                answers[i] = text
-        return answers
-
-    def _choices(self, row: _Row, task: str | None) -> tuple[str, ...]:
-        for choices in (row.prompt.choices, self.choices):
-            if choices is not None:
-                return choices
-        return self.learnt.choices.get(task, ()) if task is not None else ()
-
-    def _rows(self, prompts: Sequence[Prompt]) -> list[_Row]:
-        texts = [self.frame.prompt_text(prompt.text) for prompt in prompts]
-        rows = zip(prompts, texts, encode(self.tokenizer, texts), strict=True)
-        tokenised = [_Row(prompt, text, [*self.frame.bos_ids, *ids]) for prompt, text, ids in rows]
-        for row in tokenised:
-            if not row.ids:
-                raise DataError(f"{row.prompt.where}: the prompt makes no tokens; remove it")
-        return tokenised
-
-    def _choice_ids(self, row: _Row, choices: Sequence[str]) -> list[list[int]]:
-        """Tokens of each choice, with what ends an answer; equal texts are tokenised once."""
-        tokens = []
-        for choice in choices:
-            key = (row.text[-1:].isspace(), choice)
-            if key not in self._ids:
-                try:
-                    self._ids[key] = answer_with_end(self.tokenizer, self.frame, row.text, choice)
-                except DataError as error:
-                    raise DataError(f"{row.prompt.where}: {error}") from None
-            tokens.append(self._ids[key])
-        return tokens
-
-    def _fitted(self, row: _Row, choice_ids: Sequence[Sequence[int]]) -> list[int]:
-        """The prompt's tokens, cut on the left where they leave no room for the longest choice, or for one token."""
-        most = self.model.max_length
-        longest = max(map(len, choice_ids), default=1)
-        room = most - longest
-        if room < 1:
-            raise DataError(
-                f"{row.prompt.where}: a choice has {longest} tokens, the run's max_length is {most}; shorten it"
-            )
-        if len(row.ids) > room and self.model.long_rows == "refuse":
-            raise DataError(
-                f"{row.prompt.where}: the prompt has {len(row.ids)} tokens, there is room for {room} (model.max_length "
-                f"{most}, and the run refuses long rows); shorten it"
-            )
-        return cut_left(row.ids, self.frame.head_ids, room)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A prompt, in its template, and as tokens."""
-
-    prompt: Prompt
-    text: str
-    ids: list[int]

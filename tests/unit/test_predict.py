@@ -77,7 +77,7 @@ def test_a_forced_task_answers_with_its_adapter(run: tuple[Path, StreamLoop]) ->
     different = set()
     for k, name in enumerate(TASKS):
         answers = predicted(open_predictor(run_dir, PredictOptions(task=name)), loop)
-        wanted = loop.evaluator._with_adapter(f"task {k}", lambda k=k: loop.bank[k], everything)
+        wanted = loop.evaluator._with_adapter(f"task {k}", lambda k=k: loop.bank[k], everything, SEEN)
         assert texts(answers) == wanted
         assert {(a.task, a.margin, a.runner_up) for a in answers.values()} == {(name, None, None)}
         different.add(tuple(wanted.values()))

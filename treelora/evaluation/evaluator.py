@@ -157,8 +157,7 @@ class Evaluator:
         answers = json.loads(bytes(state["answers"].tolist()))
         self._answers = {(key, (task, row)): answer for key, task, row, answer in answers}
         self.router = router_of(state)
-        kept = {name.removeprefix("reader/"): tensor for name, tensor in state.items() if name.startswith("reader/")}
-        self.reader.load_state_dict(kept)
+        self.reader.load_state_dict(reader_state(state))
 
     def _score(
         self, mode: str, task: int, after: int, after_name: str, answers: Mapping[Row, str], seconds: float
@@ -250,6 +249,11 @@ class Evaluator:
         padded = [*places, *[places[0]] * (-len(places) % world)]
         parts = self.engine.gather((measure or self.reader.features)(split, padded[self.engine.rank :: world]))
         return torch.stack([parts[i % world][i // world] for i in range(len(places))])
+
+
+def reader_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the reader has kept, in an evaluator's `state_dict`."""
+    return {name.removeprefix("reader/"): tensor for name, tensor in state.items() if name.startswith("reader/")}
 
 
 def router_of(state: Mapping[str, Tensor]) -> GaussianRouter:

@@ -76,6 +76,9 @@ class ImageReader:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `Reader`."""
 
+    def forget(self) -> None:
+        """The test rows are others now."""
+
     def _pooled(self, split: Split, places: Sequence[int]) -> Tensor:
         rows: StreamImages = split.rows
         step, device = self.options.batch_rows, self.engine.device
@@ -132,6 +135,10 @@ class NearestMeanReader(ImageReader):
             total_F = F.normalize(features_nF[torch.from_numpy(classes == place)], dim=1).sum(dim=0)
             # a class that several tasks have, domains say, goes on growing
             self._sums[place] = self._sums.get(place, torch.zeros_like(total_F)) + total_F
+
+    def forget(self) -> None:
+        """See `ImageReader`."""
+        self._known.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Reader`."""
