@@ -67,11 +67,8 @@ class RunModel(PythonModel):
         try:
             with self._lock:
                 predictor = self._with(options)
-                found = [
-                    answer
-                    for part in predictor.answers(list(_prompts(model_input, isinstance(predictor, ImagePredictor))))
-                    for answer in part
-                ]
+                prompts = list(_prompts(model_input, isinstance(predictor, ImagePredictor)))
+                found = [answer for part in predictor.answers(prompts) for answer in part]
         except TreeLoRAError as error:
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
         columns = {name: [getattr(answer, name) for answer in found] for name in COLUMNS}
