@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from treelora.models.smollm2 import cache_home
+from treelora.models.vision import new_head_is_meant
 
 KNOWN_DIGITS = (0, 1, 2, 3)
 ORIENTATIONS = 4
@@ -29,16 +30,11 @@ _FOLDER = "digits-vit-1"
 def digits_vit(classes: int) -> nn.Module:
     """The model with a new head for so many classes; float32."""
     from transformers import ViTForImageClassification
-    from transformers.utils import logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the head is new is meant
-    try:
+    with new_head_is_meant():
         return ViTForImageClassification.from_pretrained(
             cached_digits_vit(), num_labels=classes, ignore_mismatched_sizes=True
         )
-    finally:
-        logging.set_verbosity(level)
 
 
 def cached_digits_vit() -> Path:

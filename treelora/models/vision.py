@@ -6,6 +6,7 @@ Shapes: B rows, C classes of the head, F features that the head reads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,11 +66,25 @@ def _load(spec: ModelSpec, classes: int) -> Any:
         if spec.random_weights:
             config = AutoConfig.from_pretrained(spec.name, num_labels=classes)
             return AutoModelForImageClassification.from_config(config, dtype=dtype)
-        return AutoModelForImageClassification.from_pretrained(
-            spec.name, num_labels=classes, ignore_mismatched_sizes=True, dtype=dtype
-        )
+        with new_head_is_meant():
+            return AutoModelForImageClassification.from_pretrained(
+                spec.name, num_labels=classes, ignore_mismatched_sizes=True, dtype=dtype
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(cannot_load("model", spec.name, error)) from None
+
+
+@contextmanager
+def new_head_is_meant() -> Iterator[None]:
+    """Without transformers' page-long report that a model's head doesn't fit and is made anew."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _timm(spec: ModelSpec, classes: int) -> Any:
