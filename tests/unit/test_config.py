@@ -286,6 +286,55 @@ def test_the_methods_are_those_of_the_library() -> None:
     assert {name for name in METHODS if name not in sections} == without
 
 
+IMAGES = {"stream": {"source": "digits"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "frozen"}, "method frozen is for streams of text, and source 'digits' isn't one; .* is ncm"),
+        ({"method": "lwf"}, "method lwf is for streams of text"),
+        ({"train": {"steps": 4, "weight_decay": 0.1}}, "train.weight_decay 0.1 would shrink the head's rows"),
+        (
+            {"method": "joint", "vision": {"align": True}},
+            "vision.align is for heads that learnt one task after another",
+        ),
+        ({"extensions": [{"source": "builtin"}]}, "a stream is of text or of images, not of both"),
+        ({"stream": {"source": "digits", "classes": {"tasks": 2, "per_task": 3}}}, "found both, 2 and 3"),
+        (
+            {"stream": {"source": "digits", "classes": {"per_task": 1}}},
+            "stream.classes.per_task: .*greater than or equal",
+        ),
+        ({"stream": {"source": "cub200"}}, "source 'cub200' needs `path`"),
+        ({"vision": {"crop_area": 0}}, "vision.crop_area: .*greater than 0"),
+    ],
+)
+def test_faults_of_image_streams(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse_config(IMAGES | changes)
+
+
+def test_text_has_no_nearest_class_means() -> None:
+    with pytest.raises(
+        ConfigError, match="method ncm is for streams of images, and source 'builtin' isn't one; .* frozen"
+    ):
+        parse_config({"method": "ncm"})
+
+
+def test_settings_of_images_count_where_there_are_images() -> None:
+    """They are neither recorded nor told apart for text, whose digests stay what they were."""
+    text, images = parse_config({}), parse_config(IMAGES)
+    assert not text.images
+    assert images.images
+    assert parse_config({"vision": {"flip": True}}).digest() == text.digest()
+    assert parse_config(IMAGES | {"vision": {"flip": True}}).digest() != images.digest()
+    shuffled = parse_config({"stream": {"source": "digits", "classes": {"seed": 1}}})
+    assert shuffled.digest() != images.digest()
+    assert "vision" not in text.in_use()
+    assert "classes" not in text.in_use()["stream"]
+    assert images.in_use()["stream"]["classes"]["protocol"] == "class_incremental"
+
+
 @pytest.mark.parametrize("name", sorted(ACCUMULATING))
 def test_weight_decay_would_shrink_what_accumulating_methods_have_learnt(name: str) -> None:
     text = refusal({"method": name, "train": {"steps": 1, "weight_decay": 0.1}})

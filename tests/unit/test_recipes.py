@@ -32,7 +32,7 @@ def test_it_loads_and_is_named_after_its_file(name):
     assert config.name == name
     order = config.stream.order
     assert len(set(order)) == len(order)
-    assert order or config.stream.source == "builtin"
+    assert order or config.stream.source == "builtin" or config.images
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,6 +77,15 @@ def test_the_models_differ_in_nothing_but_the_model_and_its_sharding():
             del section[key]
         bare.append(plain)
     assert all(plain == bare[0] for plain in bare)
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("cifar100", 20), ("imagenet-r", 50), ("cub200", 50)])
+def test_images_have_the_papers_numbers(name, epochs):
+    config = load(f"{name}-vit-b16")
+    assert (config.train.global_batch, config.train.epochs, config.train.learning_rate) == (192, epochs, 5e-3)
+    assert (config.lora.rank, config.lora.layers, config.treelora.strength) == (10, (0, 1, 2, 3, 4), 0.1)
+    assert (config.stream.classes.tasks, config.stream.classes.protocol) == (10, "class_incremental")
+    assert (config.vision.mask, config.vision.align, config.treelora.inference) == ("local", True, "routed")
 
 
 def test_the_orders_are_permutations_of_o_loras_tasks():
