@@ -23,6 +23,8 @@ from treelora.errors import CheckpointError, ConfigError
 
 AdapterState = dict[str, Tensor]
 ADAPTER = "default"
+PROMPTS, HEAD = "prompts.", "head."
+"""What names of a `models.prompted.Prompted` begin with."""
 
 
 @dataclass(frozen=True)
@@ -84,25 +86,27 @@ def _in_float(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable LoRA parameters in model order, by the names that peft saves them under."""
+    """The trainable LoRA parameters, or prompts, in model order; of LoRA by the names that peft saves them under."""
     return {
         name.replace(f".{ADAPTER}.weight", ".weight"): parameter
         for name, parameter in model.named_parameters()
-        if f".{ADAPTER}.weight" in name and ("lora_A" in name or "lora_B" in name)
+        if name.startswith(PROMPTS) or (f".{ADAPTER}.weight" in name and ("lora_A" in name or "lora_B" in name))
     }
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters of a classifier's head, by the names that peft saves them under; {} without one."""
     inner = f".modules_to_save.{ADAPTER}."
-    return {name.replace(inner, "."): p for name, p in model.named_parameters() if inner in name}
+    return {
+        name.replace(inner, "."): p for name, p in model.named_parameters() if inner in name or name.startswith(HEAD)
+    }
 
 
 def fresh_head(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """Where a head starts: biases zero, a class's weights normal with deviation 0.02, whatever the other classes."""
     if len(shape) == 1:
         return torch.zeros(tuple(shape))
-    generators = (torch.Generator().manual_seed(_seed_of(f"{name}/{row}", seed)) for row in range(shape[0]))
+    generators = (torch.Generator().manual_seed(seed_of(f"{name}/{row}", seed)) for row in range(shape[0]))
     return torch.stack([0.02 * torch.randn(shape[1], generator=generator) for generator in generators])
 
 
@@ -113,7 +117,7 @@ def fresh_tensor(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """
     if ".lora_B." in name:
         return torch.zeros(tuple(shape))
-    generator = torch.Generator().manual_seed(_seed_of(name, seed))
+    generator = torch.Generator().manual_seed(seed_of(name, seed))
     bound = 1 / math.sqrt(shape[1])  # kaiming_uniform with a = sqrt(5), as peft and nn.Linear
     return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
 
@@ -165,17 +169,17 @@ def mean_adapter(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float
 
 
 def grown(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> AdapterState:
-    """The adapter with zeros added up to larger ranks; its update stays what it was.
+    """The adapter with zeros added up to larger ranks, or more prompts; its update stays what it was.
 
     Raises:
-        CheckpointError: a tensor is missing, or is larger than its shape, or differs in more than the rank.
+        CheckpointError: a tensor is missing, or is larger than its shape, or differs in more than that.
     """
     result: AdapterState = {}
     for name, shape in shapes.items():
         tensor = state.get(name)
         room = [] if tensor is None else [new - old for new, old in zip(shape, tensor.shape, strict=True)]
-        rank_axis = 0 if ".lora_A." in name else 1
-        if tensor is None or min(room) < 0 or room[1 - rank_axis]:
+        rank_axis = 1 if ".lora_B." in name else 0
+        if tensor is None or min(room) < 0 or any(room[:rank_axis] + room[rank_axis + 1 :]):
             found = "nothing" if tensor is None else list(tensor.shape)
             raise CheckpointError(f"adapter tensor {name}: found {found}, this run needs {list(shape)}")
         result[name] = tensor if tensor.shape == shape else torch.zeros(shape, dtype=tensor.dtype)
@@ -234,5 +238,6 @@ def load_adapter(folder: Path) -> AdapterState:
         raise CheckpointError(f"{path}: no readable adapter ({error})") from None
 
 
-def _seed_of(name: str, seed: int) -> int:
+def seed_of(name: str, seed: int) -> int:
+    """A seed for each name."""
     return (seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63

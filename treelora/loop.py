@@ -276,7 +276,8 @@ class _Passes:
 
     def __init__(self, module: nn.Module, count: int):
         self.count = count
-        self._handle = module.register_forward_pre_hook(self._one)
+        # of a model that takes several passes for one call, what runs in each of them
+        self._handle = getattr(module, "passed_through", module).register_forward_pre_hook(self._one)
 
     def _one(self, module: nn.Module, inputs: object) -> None:
         self.count += 1

@@ -22,9 +22,11 @@ from treelora.loop import Hooks, StreamLoop
 from treelora.loop_records import LoopOptions
 from treelora.memory import MemoryConfig
 from treelora.methods import METHODS, Memory, Method, TreeLoRA, TreeLoRAOptions
+from treelora.methods.prompting import Prompting
 from treelora.methods.slices import Accumulating
 from treelora.methods.treelora_official import OfficialTreeLoRA
 from treelora.models.causal import load_model, load_tokenizer
+from treelora.models.prompted import Prompted
 from treelora.models.spec import ModelSpec
 from treelora.models.vision import head_name, load_image_model
 from treelora.tree import TreeKind
@@ -36,17 +38,19 @@ MakeMemory = Callable[[MemoryConfig], Memory]
 
 
 def load_adapted_model(config: ExperimentConfig, tasks: int, classes: int = 0) -> Any:
-    """The frozen base model with its LoRA adapters, and for images a head for so many classes.
+    """The frozen base model with its LoRA adapters or prompts, and for images a head for so many classes.
 
-    There is room for all tasks where a method gives each its own rank.
+    There is room for all tasks where a method gives each its own rank or prompt.
     """
-    model, lora = config.model, config.lora
-    times = tasks if METHODS[config.method].accumulates else 1
+    model, lora, kind = config.model, config.lora, METHODS[config.method]
+    times = tasks if kind.accumulates else 1
     spec = ModelSpec(model.name, model.dtype, model.gradient_checkpointing, model.random_weights, config.seed)
     shape = LoraSpec(times * lora.rank, times * lora.alpha, lora.dropout, lora.target_modules, lora.layers)
     if not config.images:
         return attach_lora(load_model(spec), shape, config.seed)
     base = load_image_model(spec, classes)
+    if issubclass(kind, Prompting):
+        return Prompted(base, kind.prompts(getattr(config, kind.name), tasks), config.seed, kind.name)
     return attach_lora(base, shape, config.seed, head=head_name(base))
 
 

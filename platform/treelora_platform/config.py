@@ -35,11 +35,13 @@ from treelora_platform.settings_file import parse_value, read_mapping, validated
 
 MethodName = Literal[
     "treelora", "sequential", "frozen", "joint", "olora", "inflora", "sdlora", "slao", "ewc", "agem", "gem", "ogd",
-    "replay", "lwf", "tasl", "ncm",
+    "replay", "lwf", "tasl", "ncm", "hidelora", "hideprompt", "l2p", "dualprompt",
 ]  # fmt: skip
 # Whether a method's class says `accumulates`; said here as well, because this file must not import torch.
-ACCUMULATING = frozenset({"olora", "inflora", "sdlora"})
-TEXT_METHODS, IMAGE_METHODS = frozenset({"frozen", "lwf"}), frozenset({"ncm"})
+ACCUMULATING = frozenset({"olora", "inflora", "sdlora", "dualprompt"})
+PROMPTING = frozenset({"l2p", "dualprompt", "hideprompt"})
+HIERARCHICAL = frozenset({"hidelora", "hideprompt"})
+TEXT_METHODS, IMAGE_METHODS = frozenset({"frozen", "lwf"}), frozenset({"ncm"}) | PROMPTING
 IDLE_CLUSTER_SETTINGS = frozenset({"max_failures", "min_workers", "wait_seconds", "stall_seconds", "storage"})
 """Of section `cluster`: where a run is kept, and what is done when something goes wrong."""
 
@@ -67,6 +69,10 @@ class ExperimentConfig(Options):
     replay: peers.ReplayOptions = peers.ReplayOptions()
     lwf: peers.LwFOptions = peers.LwFOptions()
     tasl: peers.TaSLOptions = peers.TaSLOptions()
+    hidelora: peers.HiDeLoRAOptions = peers.HiDeLoRAOptions()
+    hideprompt: peers.HiDePromptOptions = peers.HiDePromptOptions()
+    l2p: peers.L2POptions = peers.L2POptions()
+    dualprompt: peers.DualPromptOptions = peers.DualPromptOptions()
     train: TrainSettings = TrainSettings(steps=16)
     engine: EngineSettings = EngineSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -109,6 +115,7 @@ class ExperimentConfig(Options):
         if self.evaluation.in_context_examples and self.method != "frozen":
             raise ValueError(f"evaluation.in_context_examples is for method frozen, not {self.method}")
         self._modality_fits()
+        self._inference_fits()
         return self
 
     @property
@@ -120,7 +127,9 @@ class ExperimentConfig(Options):
         if any((later.source in IMAGE_SOURCES) != self.images for later in self.extensions):
             raise ValueError("extensions: a stream is of text or of images, not of both; begin another run")
         if self.method in (TEXT_METHODS if self.images else IMAGE_METHODS):
-            takes, other = ("text", "ncm") if self.images else ("images", "frozen")
+            takes, other = (
+                ("text", "ncm") if self.images else ("images", "frozen" if self.method == "ncm" else "hidelora")
+            )
             raise ValueError(
                 f"method {self.method} is for streams of {takes}, and source {self.stream.source!r} isn't one; "
                 f"its counterpart here is {other}"
@@ -132,6 +141,28 @@ class ExperimentConfig(Options):
             )
         if self.vision.align and self.method == "joint":
             raise ValueError("vision.align is for heads that learnt one task after another, not for method joint")
+
+    def _inference_fits(self) -> None:
+        evaluation = self.evaluation
+        if self.method in HIERARCHICAL and "routed" not in evaluation.modes:
+            raise ValueError(
+                f"method {self.method} infers the task of a test row: that is inference routed, which isn't among "
+                f"evaluation.modes {evaluation.modes}; add it there"
+            )
+        if self.method in HIERARCHICAL and self.images and not self.vision.align:
+            raise ValueError(f"method {self.method} aligns the head after each task; set vision.align to true")
+        if self.method not in PROMPTING:
+            return
+        if "merged" in evaluation.modes or evaluation.router_margin:
+            key = "mode merged of evaluation.modes" if "merged" in evaluation.modes else "evaluation.router_margin"
+            raise ValueError(
+                f"{key} averages tasks' adapters, which prompts, as of method {self.method}, don't allow; leave it out"
+            )
+        if evaluation.forward:
+            raise ValueError(
+                f"evaluation.forward also asks the model without adapter, which method {self.method} has no prompts "
+                "for; set it to false"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """The configuration as JSON-able plain values."""

@@ -2,11 +2,15 @@
 
 from treelora.methods.agem import AGEM
 from treelora.methods.base import Method, StepMetrics, TaskContext
+from treelora.methods.dualprompt import DualPrompt
 from treelora.methods.ewc import EWC
 from treelora.methods.frozen import Frozen
 from treelora.methods.gem import GEM
+from treelora.methods.hidelora import HiDeLoRA
+from treelora.methods.hideprompt import HiDePrompt
 from treelora.methods.inflora import InfLoRA
 from treelora.methods.joint import Joint
+from treelora.methods.l2p import L2P
 from treelora.methods.lwf import LwF
 from treelora.methods.ncm import NearestClassMean
 from treelora.methods.ogd import OGD
@@ -20,7 +24,7 @@ from treelora.methods.treelora import Memory, TreeLoRA, TreeLoRAOptions
 
 _ALL: tuple[type[Method], ...] = (
     TreeLoRA, Sequential, Frozen, NearestClassMean, Joint, OLoRA, InfLoRA, SDLoRA, SLAO, EWC, AGEM, GEM, OGD, Replay,
-    LwF, TaSL,
+    LwF, TaSL, HiDeLoRA, HiDePrompt, L2P, DualPrompt,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 

@@ -64,7 +64,7 @@ class Method:
     at_once: ClassVar[bool] = False
     """Whether there is one unit for all tasks: nothing happens between them."""
     accumulates: ClassVar[bool] = False
-    """Whether every task has rank r of its own in one adapter of rank N r (`treelora.methods.slices`)."""
+    """Whether every task has its own part of one adapter: rank r of N r (`treelora.methods.slices`), or a prompt."""
     replays: ClassVar[bool] = False
     """Whether rows of earlier tasks are seen again."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from treelora.errors import ConfigError
+from treelora.models.prompted import Prompted
 from treelora.models.spec import DTYPES, ModelSpec, cannot_load
 
 if TYPE_CHECKING:
@@ -161,17 +162,13 @@ def class_logits(model: Callable[..., Any], batch: ImageBatch) -> tuple[Tensor, 
 
 
 def pooled_features(model: Any, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """What the head of a peft model reads of each batch of images: float32 [B, F], on their device."""
+    """What the head reads of each batch of images: float32 [B, F], on the device."""
     seen: list[Tensor] = []
 
     def capture(_: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0])
 
-    [head] = model.peft_config[model.active_adapter].modules_to_save
-    wrapped = model.get_submodule(f"base_model.model.{head}")  # runs the new head, or the old one without adapters
-    handles = [
-        m.register_forward_pre_hook(capture) for m in (wrapped.original_module, *wrapped.modules_to_save.children())
-    ]
+    handles = [head.register_forward_pre_hook(capture) for head in _heads(model)]
     try:
         for pixels in batches:
             seen.clear()
@@ -180,6 +177,15 @@ def pooled_features(model: Any, batches: Iterable[Tensor]) -> Iterator[Tensor]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _heads(model: Any) -> list[nn.Module]:
+    """Whatever may give the logits: the new head, or with peft the old one while adapters are off."""
+    if isinstance(model, Prompted):
+        return [model.head]
+    [name] = model.peft_config[model.active_adapter].modules_to_save
+    wrapped = model.get_submodule(f"base_model.model.{name}")
+    return [wrapped.original_module, *wrapped.modules_to_save.children()]
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from treelora.options import Options
+
+Layers = tuple[Annotated[int, Field(ge=0)], ...]
 
 
 class OLoRAOptions(Options):
@@ -86,3 +88,56 @@ class TaSLOptions(Options):
     past_importance: float = Field(0.7, ge=0, le=1, description="Beta: weight of earlier tasks' importance.")
     past_weights: float = Field(0.7, ge=0, le=1, description="Gamma: weight of the old values of a unit that all need.")
     top: float = Field(0.2, gt=0, lt=1, description="Share of units that count as important.")
+
+
+class HiDeLoRAOptions(Options):
+    """HiDe-LoRA (arXiv 2407.05229)."""
+
+    start: Literal["previous", "fresh"] = Field(
+        "previous", description="A task's adapter starts as its predecessor ended, as in the authors' code, or anew."
+    )
+    ensemble: float = Field(
+        0.1, ge=0, lt=1, description="Share of the past adapters' mean in a task's adapter; the authors' 0.1."
+    )
+
+
+class HiDePromptOptions(Options):
+    """HiDe-Prompt (arXiv 2310.07234); the authors' code for CIFAR-100."""
+
+    length: int = Field(20, ge=1, description="Keys and values of a prompt in each of its layers.")
+    layers: Layers = Field((0, 1, 2, 3, 4), min_length=1, description="Layers with a prompt, from 0.")
+    ensemble: float = Field(0.01, ge=0, lt=1, description="Share of the past prompts' mean in a task's prompt.")
+
+
+class L2POptions(Options):
+    """L2P (arXiv 2112.08654); the authors' code for CIFAR-100."""
+
+    size: int = Field(10, ge=1, description="M, prompts in the pool.")
+    top: int = Field(4, ge=1, description="N, prompts that an image gets.")
+    length: int = Field(10, ge=1, description="Tokens of a prompt.")
+    pull: float = Field(1.0, ge=0, description="Lambda, the weight of the keys' distance from their queries.")
+
+    @model_validator(mode="after")
+    def _enough(self) -> L2POptions:
+        if self.top > self.size:
+            raise ValueError(f"top {self.top} is more than the {self.size} prompts of the pool; lower it")
+        return self
+
+
+class DualPromptOptions(Options):
+    """DualPrompt (arXiv 2204.04799); the authors' code for CIFAR-100."""
+
+    general_length: int = Field(5, ge=1, description="Keys and values of the G-prompt in each of its layers.")
+    general_layers: Layers = Field((0, 1), description="Layers of the G-prompt, from 0.")
+    length: int = Field(5, ge=1, description="Keys and values of a task's E-prompt in each of its layers.")
+    layers: Layers = Field((2, 3, 4), min_length=1, description="Layers of the E-prompts.")
+    pull: float = Field(1.0, ge=0, description="Lambda, the weight of a key's distance from its task's queries.")
+    start: Literal["previous", "fresh"] = Field(
+        "previous", description="An E-prompt starts as its predecessor ended, as in the authors' code, or anew."
+    )
+
+    @model_validator(mode="after")
+    def _apart(self) -> DualPromptOptions:
+        if both := sorted(set(self.layers) & set(self.general_layers)):
+            raise ValueError(f"layer {both[0]} is in layers and in general_layers; take it out of one")
+        return self
