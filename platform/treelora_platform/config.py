@@ -139,8 +139,6 @@ class ExperimentConfig(Options):
                 f"train.weight_decay {self.train.weight_decay:g} would shrink the head's rows of earlier classes, "
                 "which vision.mask local leaves alone; set it to 0"
             )
-        if self.vision.align and self.method == "joint":
-            raise ValueError("vision.align is for heads that learnt one task after another, not for method joint")
 
     def _inference_fits(self) -> None:
         evaluation = self.evaluation

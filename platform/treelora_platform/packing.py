@@ -64,10 +64,16 @@ def shareable(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _copy_adapter(source: Path, target: Path, base: str) -> None:
-    """Copy what peft reads; the base model gets the run's name for it, where peft has noted its folder here."""
+    """Copy what peft, or `models.prompted`, reads.
+
+    The base model gets the run's name for it, where peft has noted its folder here.
+    """
     try:
         target.mkdir(parents=True)
         shutil.copyfile(source / "adapter_model.safetensors", target / "adapter_model.safetensors")
+        if (prompts := source / "prompt_config.json").exists():
+            shutil.copyfile(prompts, target / prompts.name)
+            return
         described = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
         _write_json(target / "adapter_config.json", described | {"base_model_name_or_path": base})
     except (OSError, ValueError, TypeError) as error:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from treelora.adapters import grown, load_adapter
+from treelora.adapters import PROMPTS, grown, load_adapter
 from treelora.engine import OptimizerSpec, TorchEngine
 from treelora.errors import CheckpointError, ConfigError
 from treelora.evaluation.evaluator import reader_state, router_of
@@ -210,7 +210,8 @@ def _task_choices(run_dir: Path, config: ExperimentConfig) -> dict[str, tuple[st
 
 
 def _engine(config: ExperimentConfig, commit: Commit) -> TorchEngine:
-    rank = next(tensor.shape[0] for name, tensor in commit.parts["adapter"].items() if ".lora_A." in name)
+    ranks = [tensor.shape[0] // config.lora.rank for n, tensor in commit.parts["adapter"].items() if ".lora_A." in n]
+    keys = commit.parts["adapter"].get(f"{PROMPTS}key.weight", ())
     classes = next((len(tensor) for tensor in commit.parts.get("head", {}).values()), 0)
-    model = load_adapted_model(config, max(1, rank // config.lora.rank), classes)
+    model = load_adapted_model(config, max(1, ranks[0] if ranks else len(keys)), classes)
     return TorchEngine(model, OptimizerSpec(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))

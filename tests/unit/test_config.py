@@ -295,10 +295,6 @@ IMAGES = {"stream": {"source": "digits"}}
         ({"method": "frozen"}, "method frozen is for streams of text, and source 'digits' isn't one; .* is ncm"),
         ({"method": "lwf"}, "method lwf is for streams of text"),
         ({"train": {"steps": 4, "weight_decay": 0.1}}, "train.weight_decay 0.1 would shrink the head's rows"),
-        (
-            {"method": "joint", "vision": {"align": True}},
-            "vision.align is for heads that learnt one task after another",
-        ),
         ({"extensions": [{"source": "builtin"}]}, "a stream is of text or of images, not of both"),
         ({"stream": {"source": "digits", "classes": {"tasks": 2, "per_task": 3}}}, "found both, 2 and 3"),
         (

@@ -82,11 +82,15 @@ def test_a_packed_run_answers_from_bytes(run: tuple[StreamLoop, Path], tmp_path:
     assert set(answers[0]) <= set("456789")
 
 
-def test_nearest_means_answer_too(tmp_path: Path) -> None:
-    loop, run_dir = learnt(tmp_path, method="ncm")
+@pytest.mark.parametrize("method", ["ncm", "l2p", "dualprompt", "olora"])
+def test_other_methods_answer_too(method: str, tmp_path: Path) -> None:
+    section = {"dualprompt": {"layers": [1], "general_layers": [0]}}.get(method, {})
+    loop, run_dir = learnt(
+        tmp_path, method=method, evaluation={"modes": ["last"]}, **({method: section} if section else {})
+    )
     where = files_of(loop, tmp_path / "images")
-    wanted = loop.evaluator._answer("last", SEEN, [])
-    predictor = open_predictor(run_dir, PredictOptions())
+    wanted = loop.evaluator._answer("last", SEEN, loop.bank)
+    predictor = open_predictor(pack_run(run_dir, tmp_path / "packed"), PredictOptions())
     prompts = image_prompts(str(tmp_path / "images"))
     found = {where[a.prompt]: a.answer for part in predictor.answers(prompts) for a in part}
     assert found == wanted

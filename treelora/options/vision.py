@@ -23,7 +23,8 @@ class VisionOptions(Options):
     flip: bool = Field(False, description="Mirror training images at random.")
     align: bool = Field(
         False,
-        description="After each task, train the head for all seen classes on features drawn from a Gaussian a class.",
+        description="After each task, train the head for all seen classes on features drawn from a Gaussian a class; "
+        "`joint` and `ncm` have nothing to align.",
     )
     align_epochs: int = Field(10, ge=1, description="Passes over the drawn features.")
     align_rows: int = Field(256, ge=1, description="Features drawn a class and epoch.")
