@@ -49,7 +49,7 @@ def from_text(folder: Path, text: str, overrides: list[str] | None = None) -> Ex
         ({"lora": {"rank": 2.5}}, "(found 2.5)"),
         ({"lora": 3}, "my.yaml: lora: Input should be a valid dictionary or instance of LoraSettings (found 3)"),
         ({"lora": {"rank": 0}}, "my.yaml: lora.rank: Input should be greater than or equal to 1 (found 0)"),
-        ({"method": "magic"}, "'replay', 'lwf', 'tasl' or 'ncm' (found 'magic')"),
+        ({"method": "magic"}, "'ncm', 'hidelora', 'hideprompt', 'l2p' or 'dualprompt' (found 'magic')"),
         (
             {"train": {"steps": 1, "learning_rate": float("inf")}},
             "train.learning_rate: Input should be a finite number",
