@@ -15,8 +15,18 @@ from pydantic import ValidationError
 
 from treelora.errors import ConfigError
 from treelora.methods import METHODS
+from treelora.methods.prompting import Prompting
 from treelora.options.tree import PRESETS, Preset
-from treelora_platform.config import ACCUMULATING, ExperimentConfig, MethodName, json_schema, load_config, parse_config
+from treelora_platform.config import (
+    ACCUMULATING,
+    IMAGE_METHODS,
+    PROMPTING,
+    ExperimentConfig,
+    MethodName,
+    json_schema,
+    load_config,
+    parse_config,
+)
 from treelora_platform.recipes import FOLDER, recipe_path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -49,7 +59,7 @@ def from_text(folder: Path, text: str, overrides: list[str] | None = None) -> Ex
         ({"lora": {"rank": 2.5}}, "(found 2.5)"),
         ({"lora": 3}, "my.yaml: lora: Input should be a valid dictionary or instance of LoraSettings (found 3)"),
         ({"lora": {"rank": 0}}, "my.yaml: lora.rank: Input should be greater than or equal to 1 (found 0)"),
-        ({"method": "magic"}, "'ncm', 'hidelora', 'hideprompt', 'l2p' or 'dualprompt' (found 'magic')"),
+        ({"method": "magic"}, "'hidelora', 'hideprompt', 'l2p' or 'dualprompt' (found 'magic')"),
         (
             {"train": {"steps": 1, "learning_rate": float("inf")}},
             "train.learning_rate: Input should be a finite number",
@@ -327,6 +337,38 @@ def test_settings_of_images_count_where_there_are_images() -> None:
     assert "vision" not in text.in_use()
     assert "classes" not in text.in_use()["stream"]
     assert images.in_use()["stream"]["classes"]["protocol"] == "class_incremental"
+
+
+def test_the_methods_that_learn_prompts_are_those_of_the_library() -> None:
+    assert {name for name, method in METHODS.items() if issubclass(method, Prompting)} == PROMPTING
+    assert PROMPTING <= IMAGE_METHODS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"method": "l2p", "evaluation": {"modes": ["last", "merged"]}},
+            "mode merged of evaluation.modes averages tasks' adapters, which prompts, as of method l2p, don't allow",
+        ),
+        ({"method": "dualprompt", "evaluation": {"router_margin": 1}}, "evaluation.router_margin averages tasks'"),
+        ({"method": "l2p", "evaluation": {"forward": True}}, "which method l2p has no prompts for; set it to false"),
+        ({"method": "hidelora"}, "method hidelora aligns the head after each task; set vision.align to true"),
+        (
+            {"method": "hideprompt", "vision": {"align": True}, "evaluation": {"modes": ["last"]}},
+            "which isn't among evaluation.modes ('last',); add it there",
+        ),
+        ({"method": "l2p", "l2p": {"top": 11}}, "top 11 is more than the 10 prompts of the pool; lower it"),
+    ],
+)
+def test_prompts_and_hierarchies_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    assert message in refusal({"stream": {"source": "digits"}} | changes)
+
+
+def test_hidelora_learns_text_without_a_head() -> None:
+    assert parse_config({"method": "hidelora"}).method == "hidelora"
+    assert "inference routed" in refusal({"method": "hidelora", "evaluation": {"modes": ["last"]}})
+    assert "method l2p is for streams of images" in refusal({"method": "l2p"})
 
 
 @pytest.mark.parametrize("name", sorted(ACCUMULATING))

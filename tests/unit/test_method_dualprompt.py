@@ -88,7 +88,7 @@ def test_training_uses_the_newest_prompt_and_a_test_the_nearest_that_has_come(tm
     allowed = logits_with(1).masked_fill(~batch["candidates"], -torch.inf)  # type: ignore[typeddict-item]
     labels = batch["labels"][:, 0]
     pulled = 0.5 * float((1 + cosines[:, 1]).sum()) / 4
-    assert float(loss) == pytest.approx(float(F.cross_entropy(allowed, labels)) + pulled, rel=1e-5)
+    assert loss.item() == pytest.approx(float(F.cross_entropy(allowed, labels)) + pulled, rel=1e-5)
     engine.backward(loss, last=True)
     gradients = engine.adapter_gradients()
     for name in (KEY, EXPERT):

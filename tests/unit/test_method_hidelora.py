@@ -117,8 +117,8 @@ def test_a_test_row_gets_the_adapter_of_the_task_that_it_is_taken_for(method: st
 def test_the_head_is_aligned_after_each_task(tmp_path: Path) -> None:
     loop = build_loop(prompted_config(tmp_path, method="hidelora", vision=ALIGN))
     method: Any = loop.method
-    end_task, heads = method.end_task, []
-    method.end_task = lambda engine: (end_task(engine), heads.append(read_head(engine)))
+    heads: list[AdapterState] = []
+    method.end_task = lambda engine: heads.append(read_head(engine))
     loop.run()
     assert recorded(loop).stages.count("aligning the head") == N
     now = read_head(loop.engine)

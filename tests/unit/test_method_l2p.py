@@ -66,7 +66,7 @@ def test_top_prompts_loss_and_gradients(tmp_path: Path) -> None:
         for row, places in enumerate(chosen)
         for place in places
     )
-    assert float(loss) == pytest.approx(float(F.cross_entropy(allowed, labels)) + 0.7 * away / 4, rel=1e-5)
+    assert loss.item() == pytest.approx(float(F.cross_entropy(allowed, labels)) + 0.7 * away / 4, rel=1e-5)
 
     engine.backward(loss, last=True)
     method.after_backward(engine)

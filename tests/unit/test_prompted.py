@@ -100,7 +100,7 @@ def test_without_prompts_it_is_the_frozen_model() -> None:
     with model.disable_adapter():
         off = torch.cat(list(pooled_features(model, [x])))
         logits = model(x).logits
-    expected = tiny_image_model(0, CLASSES).eval().vit(x).last_hidden_state[:, 0]  # type: ignore[operator,union-attr]
+    expected = tiny_image_model(0, CLASSES).eval().vit(x).last_hidden_state[:, 0]  # type: ignore[operator]
     torch.testing.assert_close(off, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits, model.head(expected), rtol=1e-5, atol=1e-5)
     assert (model(x).logits - logits).abs().max() > 0.1  # and they are on again
@@ -134,7 +134,7 @@ def test_deit_has_them_too() -> None:
         num_labels=CLASSES,  # type: ignore[call-arg]
     )
     base = DeiTForImageClassification(config).requires_grad_(False)
-    model = Prompted(base, PromptSpec(size=1, length=3, layers=(1,), keyed=False), 0).eval()
+    model: Any = Prompted(base, PromptSpec(size=1, length=3, layers=(1,), keyed=False), 0).eval()
     x = pixels()
     prefix = model.prompts["layer1"].weight.expand(3, -1, -1, -1)
     expected = model.head(written_out(base.deit, x, {1: prefix})[:, 0])
