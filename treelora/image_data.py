@@ -73,7 +73,6 @@ class _Pixels(Protocol):
     """See `treelora.data.images.pixels.ImageRows`."""
 
     labels: npt.NDArray[np.int32]
-    lengths: npt.NDArray[np.int64]
     answer_lengths: npt.NDArray[np.int64]
     truncated: int
 
@@ -83,11 +82,19 @@ class _Pixels(Protocol):
 
 
 class StreamImages:
-    """A split's images with their places in the stream's head; `item` gives (pixels [H, W, 3], place, task)."""
+    """A split's images with their places in the stream's head; `item` gives (pixels [H, W, 3], place, task).
 
-    def __init__(self, rows: _Pixels, places: npt.NDArray[np.int64], task: int):
+    Args:
+        rows: The images.
+        places: Of the task's classes in the head.
+        task: Place of the task in the stream.
+        tokens: That a model makes of an image.
+    """
+
+    def __init__(self, rows: _Pixels, places: npt.NDArray[np.int64], task: int, tokens: int = 1):
         self._rows, self.task = rows, task
-        self.labels, self.lengths, self.answer_lengths = rows.labels, rows.lengths, rows.answer_lengths
+        self.labels, self.answer_lengths = rows.labels, rows.answer_lengths
+        self.lengths: npt.NDArray[np.int64] = np.full(len(rows), tokens, np.int64)
         self.truncated = rows.truncated
         self.classes: npt.NDArray[np.int64] = places[rows.labels]
 

@@ -20,6 +20,7 @@ from treelora.data.task import Task
 from treelora.errors import ConfigError
 from treelora_platform.config import ExperimentConfig, StreamConfig
 from treelora_platform.config_sections import IMAGE_SOURCES
+from treelora_platform.prepare_images import import_images
 
 FREE_BYTES_NEEDED = 500_000_000
 
@@ -71,6 +72,8 @@ def _prepare(settings: StreamConfig, cache: Path) -> tuple[list[Task], dict[str,
         options |= settings.classes.as_options()
     key: list[Any] = [settings.source, settings.path, options]
     wanted = list(settings.order) or None
+    if settings.source in IMAGE_SOURCES:
+        return import_images(settings.source, settings.path or "", wanted, cache / _short_digest(key), options)
     if settings.source == "builtin":
         from treelora.data.builtin import builtin_names, write_builtin
 

@@ -16,7 +16,7 @@ from treelora.evaluation.reader import EvaluationOptions
 from treelora.image_data import ImageCollator, StreamClasses, StreamImages, stored_side, training_candidates
 from treelora.methods import METHODS
 from treelora.models.spec import DTYPES
-from treelora.models.vision import image_format, processor_format
+from treelora.models.vision import image_format, patches, processor_format
 from treelora.training_data import (
     Collator,
     Split,
@@ -61,12 +61,12 @@ def image_data(
 ) -> tuple[list[Unit], list[TestSplit], ImageReader]:
     """Training units, test splits and their reader for a stream of images; decoded once, to the cache."""
     classes = StreamClasses.of(tasks)
-    form = processor_format(config.model.name, image_format(engine.module))
+    form, tokens = processor_format(config.model.name, image_format(engine.module)), patches(engine.module)
     splits, tests = [], []
     for index, (task, settings) in enumerate(zip(tasks, settings_by_task(config, tasks), strict=True)):
         places = classes.places(index)
         train, test = (
-            StreamImages(pixel_rows(task, split, stored_side(form), cache), places, index)
+            StreamImages(pixel_rows(task, split, stored_side(form), cache), places, index, tokens)
             for split in ("train", "test")
         )
         splits.append(Split(train, choose_rows(train.labels, settings.train_rows, settings.seed)))

@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics.pairwise import cosine_similarity
 from torch.nn import functional as F
 
 from tests.support.image_streams import PAIRS, STEPS, image_config
 from tests.support.streams import build_loop, build_run, commits, digests, execute, outcome, recorded
+from treelora.data import sources
 from treelora.engine import read_adapter, read_head
 from treelora.loop import StreamLoop
 from treelora.schedule import learning_rate
 from treelora_platform.assemble import load_adapted_model
+from treelora_platform.prepare import prepare_stream
 
 WEIGHT, BIAS = "base_model.model.classifier.weight", "base_model.model.classifier.bias"
 
@@ -178,3 +181,61 @@ def test_more_classes_come_later(tmp_path: Path) -> None:
     loop.run()
     assert torch.equal(read_head(loop.engine)[WEIGHT][:4], before[WEIGHT])
     assert [tuple(test.task.choices) for test in loop.evaluator.tests] == list(PAIRS)
+
+
+def test_domains_share_their_classes(tmp_path: Path) -> None:
+    """Tasks are a domain each, the head has every class once, and no class is masked."""
+    for domain, sign in (("ink", 1), ("negative", -1)):
+        for split, count in (("train", 6), ("test", 2)):
+            for label in ("a", "b"):
+                folder = tmp_path / "images" / domain / split / label
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    pixels = np.random.default_rng([number, len(domain), ord(label)]).integers(0, 100, (8, 8))
+                    Image.fromarray((128 + sign * pixels).astype(np.uint8)).save(folder / f"{number}.png")
+    stream = {"source": "image_folder", "path": str(tmp_path / "images"), "classes": {"protocol": "domain_incremental"}}
+    options = {"options": {"layout": "domain/split/class"}}
+    loop = run(tmp_path / "runs", method="sequential", stream=stream | options)
+    assert [unit.name for unit in loop.units] == ["ink", "negative"]
+    assert read_head(loop.engine)[WEIGHT].shape == (2, 32)
+    batch = loop.units[1].batch(range(2), torch.device("cpu"))
+    assert bool(batch["candidates"].all())  # type: ignore[typeddict-item]
+    assert {key[1:] for key in outcome(recorded(loop).scores)} == {(0, 0), (0, 1), (1, 1)}
+
+
+def test_tokens_are_patches(tmp_path: Path) -> None:
+    loop = build_loop(image_config(tmp_path))
+    assert loop.units[0].tokens(0) == 4 * 16  # four images of 8 x 8 pixels in patches of 2 x 2
+    assert loop.units[0].normaliser(0, 2) == 2.0
+
+
+def test_images_are_imported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until a file of the source changes."""
+    for label, count in (("a", 4), ("b", 4)):
+        for split in ("train", "test"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (8, 8), number * 40 + ord(label)).save(folder / f"{number}.png")
+    (tmp_path / "images" / "train" / "a" / "bad.png").write_bytes(b"no image")
+    imports: list[str] = []
+    real = sources.import_tasks
+
+    def counted(*args: Any, **options: Any) -> Any:
+        imports.append(args[0])
+        return real(*args, **options)
+
+    monkeypatch.setattr(sources, "import_tasks", counted)
+    stream = {"source": "image_folder", "path": str(tmp_path / "images"), "classes": {"tasks": 1}}
+    config = image_config(tmp_path / "runs", stream=stream)
+    first, second = prepare_stream(config), prepare_stream(config)
+    assert imports == ["image_folder"]
+    assert first.fingerprint() == second.fingerprint()
+    assert first.skipped == second.skipped == {"classes a, b": {"image can't be decoded": 1}}
+    (tmp_path / "images" / "train" / "a" / "bad.png").unlink()
+    third = prepare_stream(config)
+    assert imports == ["image_folder"] * 2
+    assert third.skipped == {}
+    next((tmp_path / "runs" / ".cache" / "tasks").rglob("test.parquet")).unlink()
+    assert prepare_stream(config).fingerprint() == third.fingerprint()
+    assert imports == ["image_folder"] * 3

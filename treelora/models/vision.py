@@ -126,6 +126,17 @@ def image_format(model: Any) -> ImageFormat:
     )
 
 
+def patches(model: Any) -> int:
+    """The tokens that an image makes: patches of the model's own size, or 1 where its configuration has none."""
+    form = image_format(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    size = getattr(base.config, "patch_size", None)
+    if size is None:
+        return 1
+    high, wide = _pair(size)
+    return (form.height // high) * (form.width // wide)
+
+
 def processor_format(name: str, known: ImageFormat) -> ImageFormat:
     """The format with mean and deviation of the model's own image processor, where it has one."""
     from transformers import AutoImageProcessor
