@@ -79,7 +79,9 @@ class _Rows(_Held):
 class _Keys(_Held):
     def forward(self, query_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines [B, M], and which keys [M] aren't zero."""
-        return F.normalize(query_BD, dim=1) @ F.normalize(self.weight, dim=1).T, self.weight.detach().any(dim=1)
+        with torch.autocast(query_BD.device.type, enabled=False):  # in bfloat16 close keys would be taken for equal
+            cosines_BM = F.normalize(query_BD, dim=1) @ F.normalize(self.weight, dim=1).T
+        return cosines_BM, self.weight.detach().any(dim=1)
 
 
 class Prompted(nn.Module):
