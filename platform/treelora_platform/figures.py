@@ -129,7 +129,7 @@ def transfer_figure(runs: Runs) -> Figure:
 def loss_figure(runs: Runs) -> Figure:
     """Loss over steps, faint, and its moving mean; the first run's tasks are marked."""
     with new_figure(height=2.9) as (figure, axes):
-        axes.set(title="Training loss", ylabel="loss (nats a token)")
+        axes.set(title="Training loss", ylabel="loss (nats)")
         _curves(axes, runs, "loss", smooth=True)
         return figure
 
