@@ -1,4 +1,4 @@
-"""`hidelora`: HiDe-LoRA (Wang et al., NeurIPS 2023, arXiv 2310.07234; TPAMI 2025, arXiv 2407.05229).
+"""`hidelora`: HiDe-LoRA (Wang et al., NeurIPS 2023, arXiv 2310.07234; HiDe-PET, arXiv 2407.05229).
 
 The LoRA form of HiDe-Prompt takes class-incremental learning apart into three problems, each solved by itself:
 
