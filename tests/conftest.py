@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 TRACKING = "MLFLOW_TRACKING_URI"
+RAY = ("chaos", "faults", "nodes", "rerun", "run", "storage_s3", "submit", "sweep", "tracking_query", "tree_actor")
+"""Modules of `tests/orchestration` that start Ray; two at once would wait for each other."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -19,7 +21,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class RayAlone(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "orchestration" if nodeid.startswith("tests/orchestration/") else nodeid.split("::")[0]
+            module = nodeid.split("::")[0]
+            return "ray" if module in {f"tests/orchestration/test_{name}.py" for name in RAY} else module
 
     return RayAlone(config, log)
 

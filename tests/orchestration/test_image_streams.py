@@ -18,13 +18,11 @@ from treelora_platform.prepare import prepare_stream
 
 ALIGNED = {"vision": {"align": True, "align_epochs": 2, "align_rows": 8, "crop_area": 0.5, "flip": True}}
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "treelora, stage 0": (0, ALIGNED),
-    "treelora, stage 1": (1, ALIGNED),
+    "replay, stage 0": (0, {"method": "replay", "replay": {"share": 0.5}, "vision": {"mask": "seen"}}),
+    "inflora, stage 1": (1, {"method": "inflora"}),
     "treelora, stage 2": (2, ALIGNED),
     "treelora, stage 3": (3, ALIGNED),
-    "inflora": (2, {"method": "inflora"}),
-    "replay": (3, {"method": "replay", "replay": {"share": 0.5}, "vision": {"mask": "seen"}}),
-    "ncm": (3, {"method": "ncm"}),
+    "ncm, stage 3": (3, {"method": "ncm"}),
 }
 
 
