@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from treelora_platform.prepare import PreparedStream, cache_folder, check_storag
 from treelora_platform.provenance import versions
 from treelora_platform.run_tables import read_config_yaml, read_run_json
 from treelora_platform.storage.driver import NoStorage, storage_of
-from treelora_platform.tracking_state import Status
+from treelora_platform.tracking_state import Status, order_tag
 
 RUN_JSON = "run.json"
 
@@ -142,7 +143,7 @@ def _execute(
         config.tracking.experiment,
         config.name,
         config.in_use() | ({"sweep": dict(sweep)} if sweep else {}),
-        _tags(config, record),
+        _tags(config, record, prepared),
         parent_run_id,
         run_dir=run_dir,
         base=run_dir.parent,
@@ -202,17 +203,25 @@ def _record(config: ExperimentConfig, prepared: PreparedStream, known: dict[str,
     }
 
 
-def _tags(config: ExperimentConfig, record: dict[str, Any]) -> dict[str, str]:
+def _tags(config: ExperimentConfig, record: dict[str, Any], prepared: PreparedStream) -> dict[str, str]:
     """MLflow tags that make a run findable."""
     return {
         "method": config.method,
         "stream": config.stream.source,
-        "order": ", ".join(record["tasks"]),
+        "order": order_tag(record["tasks"]),
+        **({"classes": _classes(prepared)} if config.images else {}),
         "seed": str(config.seed),
         "data_hash": record["data_hash"][:16],
         **{f"version.{package}": version for package, version in record["versions"].items()},
         **config.tracking.tags,
     }
+
+
+def _classes(prepared: PreparedStream) -> str:
+    """What a stream of images is about, in whichever order and cut its classes come: runs on it can be compared."""
+    names = sorted({name for task in prepared.stream for name in task.choices})
+    digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]
+    return f"{len(names)} classes ({digest}), {len(prepared.stream)} tasks, {prepared.stream[0].protocol}"
 
 
 def load_run_config(run_dir: Path) -> ExperimentConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,6 +19,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 STATE_FILE = "tracking.json"
 VALUE_CHARS = 500
+CUT = "…"
+"""The last character of a value that was too long for MLflow."""
 KEY_CHARS = 250  # MLflow refuses longer ones
 # Sections that runs are compared by. Paths, addresses and the importers' free-form options, which may hold
 # credentials, stay out.
@@ -28,6 +30,25 @@ PARAMETERS = (
     *get_args(MethodName),
 )
 _LEFT_OUT = ("stream.options", "cluster.storage")
+
+
+def order_tag(names: Sequence[str]) -> str:
+    """Tasks in order as one tag: a plain list, or JSON where that could be misread."""
+    plain = ", ".join(names)
+    return plain if tasks_of(plain) == tuple(names) else json.dumps(list(names), ensure_ascii=False)
+
+
+def tasks_of(order: str) -> tuple[str, ...]:
+    """The tasks in such a tag; of one that was cut for its length those that are whole."""
+    cut = order.endswith(CUT)
+    if order.startswith("["):
+        whole = order.removesuffix(CUT).rpartition(', "')[0] + "]" if cut else order
+        try:
+            return tuple(map(str, json.loads(whole)))
+        except ValueError:
+            return ()
+    names = order.removesuffix(CUT).split(", ")
+    return tuple(name for name in (names[:-1] if cut else names) if name)
 
 
 @dataclass(frozen=True)
@@ -108,7 +129,7 @@ def clean_key(key: str) -> str:
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     text = hide_credentials(text)
-    return text if len(text) <= VALUE_CHARS else text[: VALUE_CHARS - 1] + "…"
+    return text if len(text) <= VALUE_CHARS else text[: VALUE_CHARS - 1] + CUT
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -169,7 +169,7 @@ def test_runs_on_different_tasks_meet_on_the_common_ones():
 
 
 def test_bounds_are_the_methods_that_do_not_learn_in_order():
-    assert {name for name, method in METHODS.items() if method.joint or not method.trains} == BOUNDS
+    assert {name for name, method in METHODS.items() if method.at_once} == BOUNDS
     found = compare_groups("exp", select([record("joint"), record("ewc")], ["method"]))
     assert [(s.group, s.bound) for s in found.standings] == [("ewc", False), ("joint", True)]
 

@@ -4,6 +4,7 @@ import pytest
 
 from tests.support.records import record
 from treelora_platform.experiments.records import ModeScores, record_from
+from treelora_platform.tracking_state import CUT, order_tag, tasks_of
 
 
 def made(status="FINISHED", metrics=None, params=None, tags=None):
@@ -68,3 +69,25 @@ def test_settings_of_other_methods_are_idle():
     assert [run.is_idle(key) for key in ("ewc.strength", "treelora.strength", "lora.rank", "method")] == [
         False, True, False, False,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("red, green", "b"), ('say "so", now', "ü"), ("[x", "y")])
+def test_tasks_come_back_from_the_tag_of_their_order(names):
+    assert tasks_of(order_tag(names)) == names
+    assert made(tags={"order": order_tag(names)}).tasks == names
+
+
+def test_of_an_order_that_was_cut_the_whole_names_are_left():
+    names = [f"task, {i}" for i in range(9)]
+    text = order_tag(names)
+    for end in range(len(text)):
+        found = tasks_of(text[:end] + CUT)
+        assert list(found) == names[: len(found)]
+    assert len(tasks_of(text[:60] + CUT)) >= 3
+
+
+def test_streams_of_the_same_classes_can_be_compared_in_any_cut():
+    one, other = (made(tags={"order": order, "classes": "6 classes (ab), 3 tasks"}) for order in ("a, b", "c, d"))
+    assert one.task_set != other.task_set
+    assert one.stream_set == other.stream_set != made(tags={"order": "a, b"}).stream_set
+    assert made(tags={"order": "b, a"}).stream_set == made(tags={"order": "a, b"}).stream_set

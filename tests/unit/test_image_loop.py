@@ -35,7 +35,7 @@ def test_sequential_is_plain_fine_tuning_with_local_cross_entropy(tmp_path: Path
     config = image_config(tmp_path, method="sequential", lora={"dropout": 0.0})
     loop = build_loop(config)
     loop.run()
-    assert [unit.name for unit in loop.units] == ["classes 4, 5", "classes 6, 7", "classes 8, 9"]
+    assert [unit.name for unit in loop.units] == ["classes 4 and 5", "classes 6 and 7", "classes 8 and 9"]
 
     model: Any = load_adapted_model(config, 3, classes=6)
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -167,8 +167,8 @@ def test_resumed_at_every_commit_it_ends_the_same(name: str, tmp_path: Path) -> 
 
 def test_more_classes_come_later(tmp_path: Path) -> None:
     """The head gets rows for what an extension brings, and keeps what it had."""
-    first = {"classes": {"per_task": 2, "base": ["0", "1", "2", "3"]}, "order": ["classes 4, 5", "classes 6, 7"]}
-    later = {"source": "digits", "classes": {"per_task": 2, "base": ["0", "1", "2", "3"]}, "order": ["classes 8, 9"]}
+    first = {"classes": {"per_task": 2, "base": ["0", "1", "2", "3"]}, "order": ["classes 4 and 5", "classes 6 and 7"]}
+    later = {"source": "digits", "classes": {"per_task": 2, "base": ["0", "1", "2", "3"]}, "order": ["classes 8 and 9"]}
     config = image_config(tmp_path, stream=first)
     before = read_head(execute(config, tmp_path / "run").engine)
     extended = config.model_copy(update={"extensions": (type(config.stream)(**later, train_rows=24, test_rows=10),)})
@@ -231,7 +231,7 @@ def test_images_are_imported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     first, second = prepare_stream(config), prepare_stream(config)
     assert imports == ["image_folder"]
     assert first.fingerprint() == second.fingerprint()
-    assert first.skipped == second.skipped == {"classes a, b": {"image can't be decoded": 1}}
+    assert first.skipped == second.skipped == {"classes a and b": {"image can't be decoded": 1}}
     (tmp_path / "images" / "train" / "a" / "bad.png").unlink()
     third = prepare_stream(config)
     assert imports == ["image_folder"] * 2

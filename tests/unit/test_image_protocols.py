@@ -102,16 +102,16 @@ class TestCut:
 
 class TestNames:
     def test_short_ones_are_spelt_out(self) -> None:
-        assert class_names([("0", "1"), ("2", "3")]) == ["classes 0, 1", "classes 2, 3"]
+        assert class_names([("0", "1"), ("2", "3")]) == ["classes 0 and 1", "classes 2 and 3"]
 
     def test_else_all_are_positions(self) -> None:
         parts = [("a", "b"), ("c", "x" * 40), ("e", "f", "g")]
         assert class_names(parts) == ["classes 1-2", "classes 3-4", "classes 5-7"]
-        # "classes " and ", " are 10 characters: 30 letters make 40, 31 make one too many.
-        assert class_names([("a" * 15, "b" * 15)]) == [f"classes {'a' * 15}, {'b' * 15}"]
-        assert class_names([("a" * 15, "b" * 16)]) == ["classes 1-2"]
+        # "classes " and " and " are 13 characters: 27 letters make 40, 28 make one too many.
+        assert class_names([("a" * 13, "b" * 14)]) == [f"classes {'a' * 13} and {'b' * 14}"]
+        assert class_names([("a" * 14, "b" * 14)]) == ["classes 1-2"]
 
-    def test_names_that_differ_in_a_comma_have_folders_of_their_own(self) -> None:
+    def test_names_that_differ_in_their_parts_have_folders_of_their_own(self) -> None:
         one, other = class_names([("a", "b c")]) + class_names([("a b", "c")])
         assert slugify(one) != slugify(other)
 

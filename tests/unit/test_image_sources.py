@@ -83,7 +83,7 @@ class TestFolders:
     def test_splits_and_classes(self, tmp_path: Path) -> None:
         class_folders(tmp_path / "in", {**FOUR, "val/a": 1, "val/c": 1})
         reports = folder_import(tmp_path, tasks=2, splits={"validation": "val"})
-        assert [report.task.name for report in reports] == ["classes a, b", "classes c, d"]
+        assert [report.task.name for report in reports] == ["classes a and b", "classes c and d"]
         assert [report.rows for report in reports] == [{"train": 6, "validation": 1, "test": 4}] * 2
         first = rows_of(reports[0], "train")
         assert [(row.id, row.label) for row in first[:4]] == [
@@ -140,9 +140,9 @@ class TestFolders:
 
     def test_names_choose_and_order(self, tmp_path: Path) -> None:
         class_folders(tmp_path / "in", FOUR)
-        reports = folder_import(tmp_path, ["classes c, d"], tasks=2)
-        assert [(r.task.name, r.skipped) for r in reports] == [("classes c, d", {})]
-        with pytest.raises(DataError, match="no task 'classes a'; there are classes a, b; classes c, d"):
+        reports = folder_import(tmp_path, ["classes c and d"], tasks=2)
+        assert [(r.task.name, r.skipped) for r in reports] == [("classes c and d", {})]
+        with pytest.raises(DataError, match="no task 'classes a'; there are classes a and b; classes c and d"):
             folder_import(tmp_path, ["classes a"], tasks=2)
 
     def test_limit_is_balanced_and_counts_usable_images(self, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ class TestFolders:
         assert [set(r.task.splits) for r in folder_import(tmp_path, tasks=2)] == [{"train", "test"}] * 2
         folder = tmp_path / "out" / folder_import(tmp_path, tasks=2)[0].task.slug
         os.rename(folder, tmp_path / "out" / "base-classes")
-        with pytest.raises(DataError, match="holds task 'classes a, b'; import 'base classes' elsewhere"):
+        with pytest.raises(DataError, match="holds task 'classes a and b'; import 'base classes' elsewhere"):
             base_images("image_folder", str(tmp_path / "in"), tmp_path / "out", options={"base_classes": 2, "tasks": 1})
 
 
@@ -211,7 +211,7 @@ class TestSkipped:
     def test_a_chosen_task_answers_for_its_own_rows(self, tmp_path: Path) -> None:
         class_folders(tmp_path / "in", FOUR)
         put(tmp_path / "in/train/a/bad.png", b"x")
-        assert folder_import(tmp_path, ["classes c, d"], tasks=2)[0].skipped == {}
+        assert folder_import(tmp_path, ["classes c and d"], tasks=2)[0].skipped == {}
 
     def test_names_that_are_not_utf8(self, tmp_path: Path) -> None:
         class_folders(tmp_path / "in", FOUR)
@@ -231,7 +231,7 @@ class TestRefused:
         assert folder_import(tmp_path, tasks=2)[0].skipped == {"image can't be decoded": 1}
         for i in range(2):
             put(tmp_path / f"in/test/b/{i}.png", b"x")
-        message = r"task 'classes a, b' has no usable images in its test split \(image can't be decoded: 3\)"
+        message = r"task 'classes a and b' has no usable images in its test split \(image can't be decoded: 3\)"
         with pytest.raises(DataError, match=message):
             import_tasks("image_folder", str(tmp_path / "in"), None, tmp_path / "2", options={"tasks": 2})
         assert not list((tmp_path / "2").rglob("*.parquet"))
@@ -241,7 +241,7 @@ class TestRefused:
         class_folders(tmp_path / "in", FOUR)
         for i in range(3):
             put(tmp_path / f"in/train/d/{i}.png", b"x")
-        with pytest.raises(DataError, match="class 'd' of task 'classes c, d' has no usable training image"):
+        with pytest.raises(DataError, match="class 'd' of task 'classes c and d' has no usable training image"):
             folder_import(tmp_path, tasks=2)
 
     def test_classes_that_have_nothing_in_common(self, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_what_is_no_image_is_refused_by_name(run: tuple[StreamLoop, Path], tmp_p
 def test_larger_files_are_fitted(run: tuple[StreamLoop, Path], tmp_path: Path) -> None:
     _, run_dir = run
     Image.effect_noise((40, 60), 50).convert("RGB").save(tmp_path / "noise.jpg")
-    predictor = open_predictor(run_dir, PredictOptions(task="classes 6, 7"))
+    predictor = open_predictor(run_dir, PredictOptions(task="classes 6 and 7"))
     [[answer]] = predictor.answers(image_prompts(str(tmp_path / "noise.jpg")))
-    assert answer.task == "classes 6, 7"
+    assert answer.task == "classes 6 and 7"
     assert answer.answer in "456789"

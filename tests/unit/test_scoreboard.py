@@ -42,3 +42,15 @@ def test_each_task_counts_once_it_is_learnt(tmp_path):
     assert (second["op"], second["bwt"], second["tasks"]) == (75.0, 10.0, 2)  # 20 points lost on the first of two tasks
     assert (second["seconds"], second["stored_bytes"]) == (6.0, 2200)
     assert board.after(1) == first
+
+
+def test_tasks_that_are_learnt_as_one_are_all_learnt(tmp_path):
+    """`joint` has a row in the table of tasks, and a score for each."""
+    run = begun(tmp_path)
+    run.write_scores(1, {"last": [70.0, 90.0]})
+    run.write_tasks(1)
+    board = Scoreboard(run.path, "last")
+    assert (board.judged(), board.length()) == (2, 2)
+    found = board.after(2)
+    assert (found["op"], found["tasks"], found["seconds"]) == (80.0, 2, 3.0)
+    assert math.isnan(found["bwt"])

@@ -161,7 +161,7 @@ def _same_tasks(runs: Sequence[RunRecord], by: Sequence[str]) -> list[RunRecord]
     """The largest set of runs on the same tasks; one with something to compare goes first."""
     by_tasks: dict[frozenset[str], list[RunRecord]] = {}
     for run in runs:
-        by_tasks.setdefault(run.task_set, []).append(run)
+        by_tasks.setdefault(run.stream_set, []).append(run)
 
     def worth(found: list[RunRecord]) -> tuple[bool, int, int]:
         return len({_values(run, by) for run in found}) > 1, len(found), found[-1].start_unix_ms
@@ -173,15 +173,15 @@ def _other_tasks(kept: Sequence[RunRecord], runs: Sequence[RunRecord], common: f
     """What was left out for its tasks, and whether anything of it can still be compared."""
     others: dict[frozenset[str], int] = {}
     for run in runs:
-        if run.task_set != kept[0].task_set:
-            others[run.task_set] = others.get(run.task_set, 0) + 1
+        if run.stream_set != kept[0].stream_set:
+            others[run.stream_set] = others.get(run.stream_set, 0) + 1
     listed = "; ".join(
         f"{count} run{'s' if count > 1 else ''} on {', '.join(sorted(tasks)) or 'unknown tasks'}"
         for tasks, count in sorted(others.items(), key=lambda item: -item[1])
     )
     still = f"on {', '.join(sorted(common))}, which all have, their last scores are beside each other below"
     return (
-        f"The runs are on different tasks. Compared are {len(kept)} on {', '.join(sorted(kept[0].task_set))}. "
+        f"The runs are on different tasks. Compared are {len(kept)} on {', '.join(sorted(kept[0].stream_set))}. "
         f"Left out: {listed}; {still if common else 'no task is in all of them'}."
     )
 

@@ -10,11 +10,11 @@ from typing import get_args
 
 from treelora.data.names import slugify
 from treelora_platform.config import MethodName
+from treelora_platform.tracking_state import tasks_of
 
 SWEEP_TAG, TRIAL_TAG, KIND_TAG = "treelora.sweep", "treelora.trial", "treelora.kind"
 PARENT_TAG = "mlflow.parentRunId"
 ENDED = ("FINISHED", "FAILED", "KILLED")
-_CUT = "…"  # the last character of a value that was too long for MLflow
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,18 @@ class RunRecord:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Tasks in order of learning; of a very long stream only so many as the tag could hold."""
-        order = self.tags.get("order", "")
-        names = order.removesuffix(_CUT).split(", ")
-        return tuple(name for name in (names[:-1] if order.endswith(_CUT) else names) if name)
+        return tasks_of(self.tags.get("order", ""))
 
     @cached_property
     def task_set(self) -> frozenset[str]:
         """Slugs of the tasks, whatever their order; all of them, however long the stream."""
         scored = frozenset(slug for scores in self.task_scores.values() for slug in scores)
         return scored | frozenset(slugify(name) for name in self.tasks)
+
+    @property
+    def stream_set(self) -> frozenset[str]:
+        """What must be the same for two runs to be compared: the tasks, or all classes however they make tasks."""
+        return frozenset([self.tags["classes"]]) if "classes" in self.tags else self.task_set
 
     @property
     def sweep(self) -> str | None:

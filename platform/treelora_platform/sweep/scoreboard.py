@@ -19,13 +19,14 @@ class Scoreboard:
         self.run_dir, self.mode = run_dir, mode
         self._seen: int | None = None
         self._tasks: list[dict[str, Any]] = []
+        self._judged = 0
         self._length = 0
         self._last: tuple[int, dict[str, Any]] | None = None
 
     def judged(self) -> int:
         """Tasks that were learnt and scored so far."""
         self._look()
-        return len(self._tasks)
+        return self._judged
 
     def length(self) -> int:
         """Tasks of the stream; 0 while the run hasn't begun."""
@@ -44,6 +45,8 @@ class Scoreboard:
         if changed != self._seen:
             self._seen, self._last = changed, None
             self._tasks = read_tasks(self.run_dir).to_pylist()
+            after = read_scores(self.run_dir)["after_index"].to_pylist() if self._tasks else []
+            self._judged = max([len(self._tasks), *(index + 1 for index in after)])  # `joint` learns all tasks as one
             self._length = len(read_run_json(self.run_dir).get("tasks", ()))
 
     def _measure(self, count: int) -> dict[str, Any]:

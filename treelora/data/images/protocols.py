@@ -67,7 +67,7 @@ def cut(classes: Sequence[str], tasks: int | None, classes_per_task: int | None)
 
 def class_names(parts: Sequence[Sequence[str]]) -> list[str]:
     """Names for tasks of classes: the classes themselves where all names stay short, else their positions."""
-    spelt = ["classes " + ", ".join(part) for part in parts]
+    spelt = ["classes " + " and ".join(part) for part in parts]
     if all(len(name) <= _MAX_NAME for name in spelt):
         return spelt
     ends = [sum(map(len, parts[: i + 1])) for i in range(len(parts))]
