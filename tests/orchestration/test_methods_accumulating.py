@@ -21,6 +21,8 @@ from treelora.methods.slao import SLAO
 from treelora_platform.assemble import assemble
 from treelora_platform.prepare import prepare_stream
 
+pytestmark = pytest.mark.slow  # engines are held to each other in test_engine.py
+
 N, R = 3, 2
 MAKE: dict[str, Callable[[], Method]] = {
     "olora": lambda: OLoRA(rank=R),

@@ -16,6 +16,8 @@ from treelora.local_memory import LocalMemory
 from treelora_platform.assemble import assemble
 from treelora_platform.prepare import prepare_stream
 
+pytestmark = pytest.mark.slow  # engines are held to each other in test_engine.py
+
 METHODS = ("l2p", "dualprompt", "hideprompt")
 CASES = [("l2p", 0), ("l2p", 3), ("dualprompt", 2), ("hideprompt", 3)]
 

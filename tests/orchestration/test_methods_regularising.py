@@ -28,6 +28,8 @@ from treelora.methods.tasl import TaSL
 from treelora_platform.assemble import assemble
 from treelora_platform.prepare import prepare_stream
 
+pytestmark = pytest.mark.slow  # engines are held to each other in test_engine.py
+
 STEPS = 5
 
 

@@ -26,6 +26,7 @@ def console() -> Iterator[Console]:
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_a_rerun_comes_out_equal(tmp_path: Path, console: Console) -> None:
     database = f"sqlite:///{tmp_path}/history/mlflow.db"
     (tmp_path / "history").mkdir()

@@ -77,6 +77,7 @@ def power_off(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(family, timeout=30)
 
 
+@pytest.mark.slow
 def test_a_lost_machine_and_an_outage_cost_nothing(
     s3: S3, expected: Result, console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,7 +149,7 @@ class TestCub:
     def test_its_own_split(self, tmp_path: Path, folder: str) -> None:
         self.make(tmp_path / folder)
         report = self.read(tmp_path)
-        assert (report.task.name, report.task.choices) == ("classes 001.Albatross, 002.Auklet", self.classes)
+        assert (report.task.name, report.task.choices) == ("classes 001.Albatross and 002.Auklet", self.classes)
         assert [(row.id, row.label) for row in rows_of(report, "test")] == [
             ("001.Albatross/Albatross_2.jpg", "001.Albatross"),
             ("002.Auklet/Auklet_2.jpg", "002.Auklet"),

@@ -49,7 +49,7 @@ def test_import_and_show(tmp_path: Path) -> None:
     show_tasks(tmp_path / "o", 1, out)
     total = sum(len(path.read_bytes()) for path in (tmp_path / "in/test").rglob("*.png"))
     lines = text_of(out).splitlines()
-    assert lines[0] == "classes cat, dog  image (class_incremental), accuracy; cat, dog"
+    assert lines[0] == "classes cat and dog  image (class_incremental), accuracy; cat, dog"
     assert f"  test: 4 images of 2 classes, {total:,} bytes; pixels wide x high: 4 x 4: 4" in lines
     size = len((tmp_path / "in/test/cat/0.png").read_bytes())
     assert f"    test/cat/0.png ({size} bytes) -> 'cat'" in lines

@@ -53,7 +53,7 @@ class TestTables:
         self.both(tmp_path / "in", [*images[:4], images[0]], [10, 9, 2, 1, -1])
         assert self.read(tmp_path)[0].skipped == {"label is negative": 2}
         assert [r.task.choices for r in self.read(tmp_path, limit=2)] == [("1", "2"), ("9", "10")]
-        with pytest.raises(ConfigError, match=r"options\.limit is 1, but task 'classes 1, 2' has 2 classes"):
+        with pytest.raises(ConfigError, match=r"options\.limit is 1, but task 'classes 1 and 2' has 2 classes"):
             self.read(tmp_path, limit=1)
 
     def test_labels_that_can_not_be_used(self, tmp_path: Path) -> None:
@@ -91,11 +91,13 @@ class TestTables:
         assert [r.task.choices for r in again] == [r.task.choices for r in made]
         assert again[5].task.protocol == "task_incremental"
         assert rows_of(again[5], "train") == rows_of(made[5], "train")
-        (one,) = import_tasks("images", str(tmp_path / "in"), ["classes c3, c4"], tmp_path / "2", options={"limit": 2})
+        (one,) = import_tasks(
+            "images", str(tmp_path / "in"), ["classes c3 and c4"], tmp_path / "2", options={"limit": 2}
+        )
         assert [row.label for row in rows_of(one, "train")] == ["c3", "c4"]
         with pytest.raises(ConfigError, match="their protocol was chosen when they were imported"):
             self.read(tmp_path)
-        with pytest.raises(DataError, match="no task 'x'; there are classes c1, c2; classes c3, c4"):
+        with pytest.raises(DataError, match="no task 'x'; there are classes c1 and c2; classes c3 and c4"):
             import_tasks("images", str(tmp_path / "in"), ["x"], tmp_path / "2")
         with pytest.raises(DataError, match="holds images; import it with source 'images'"):
             import_tasks("parquet", str(tmp_path / "in"), None, tmp_path / "3")
