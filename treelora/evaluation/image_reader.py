@@ -6,6 +6,7 @@ Shapes: n rows, F features, C classes of the head.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,15 +103,9 @@ class NearestMeanReader(ImageReader):
 
     needs_features = True
 
-    def __init__(
-        self,
-        engine: Engine,
-        tests: Sequence[TestSplit],
-        options: EvaluationOptions,
-        classes: StreamClasses,
-        collator: ImageCollator,
-    ):
-        super().__init__(engine, tests, options, classes, collator)
+    def __init__(self, *args: Any):
+        """As `ImageReader`."""
+        super().__init__(*args)
         self._sums: dict[int, Tensor] = {}
         self._known: dict[Row, Tensor] = {}
 
