@@ -13,7 +13,7 @@ from treelora.data.images.files import ImageExample, ImageWriter
 from treelora.data.images.protocols import BASE_NAME, PROTOCOL_OPTIONS, Plan, TaskPlan, plan_tasks
 from treelora.data.images.sources.common import ImageRow, Loader, RawImages, RawSplit
 from treelora.data.images.threads import ordered_map
-from treelora.data.importers.common import Options, Skipped
+from treelora.data.importers.common import Options, Skipped, text_problem
 from treelora.data.importers.report import ImportReport, refuse_other_task, remove_other_splits
 from treelora.data.names import slugify
 from treelora.data.schema import SPLITS, SplitMeta
@@ -87,16 +87,7 @@ def _named(where: str, tasks: Sequence[TaskPlan], name: str) -> TaskPlan:
 def _row_problem(row: ImageRow) -> str | None:
     if row.problem is not None:
         return row.problem
-    if row.label is None:
-        return "label is null"
-    for key, value in (("label", row.label), ("id", row.id)):
-        if not value.strip():
-            return f"{key} is blank"
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return f"{key} is not UTF-8"
-    return None
+    return text_problem("label", row.label) or text_problem("id", row.id)
 
 
 def balanced_quota(counts: Mapping[str, int], limit: int) -> dict[str, int]:

@@ -64,7 +64,8 @@ class Skipped:
             shown.append(row)
 
 
-def _text_problem(key: str, value: object) -> str | None:
+def text_problem(key: str, value: object) -> str | None:
+    """Why a value can't be used as a text; None: it can."""
     if value is None:
         return f"{key} is null"
     if not isinstance(value, str):
@@ -86,7 +87,7 @@ def _clean_choices(raw: object, kind: Kind, own: tuple[str, ...]) -> tuple[str, 
         return own
     if not isinstance(raw, Sequence) or isinstance(raw, str | bytes) or not raw:
         return "choices are not a list of texts"
-    if any(_text_problem("choice", item) for item in raw) or len(set(raw)) != len(raw):
+    if any(text_problem("choice", item) for item in raw) or len(set(raw)) != len(raw):
         return "choices are blank, repeated or not text"
     return tuple(str(item).strip() for item in raw)
 
@@ -96,7 +97,7 @@ def _clean(row: RawRow, task: RawTask, split: str, taken: set[str]) -> Example |
     if row.problem:
         return row.problem
     for key, value in (("prompt", row.prompt), ("answer", row.answer)):
-        if problem := _text_problem(key, value):
+        if problem := text_problem(key, value):
             return problem
     answer = str(row.answer).strip()
     choices = _clean_choices(row.choices, task.kind, task.choices)
@@ -105,7 +106,7 @@ def _clean(row: RawRow, task: RawTask, split: str, taken: set[str]) -> Example |
     if task.kind == "choice" and answer not in choices:
         return "label is '-' (no agreed label)" if answer == "-" else "answer is not among the choices"
     row_id = f"{split}-{row.index}" if row.id is None else str(row.id)
-    if _text_problem("id", row_id):
+    if text_problem("id", row_id):
         return "id is blank or not UTF-8"
     if row_id in taken:
         return "id is repeated"
