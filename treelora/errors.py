@@ -19,3 +19,8 @@ class LostError(TreeLoRAError):
 
 class CheckpointError(TreeLoRAError):
     """A checkpoint that is incomplete, altered or not ours."""
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+    """What an error says, on one line of at most so many letters; its type where it says nothing."""
+    return " ".join(str(error).split())[:length] or type(error).__name__

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from treelora.errors import one_line
+
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class BackgroundSender:
             # whatever is wrong here must not reach those who do not wait; what is unsent stays where it is
             except Exception as error:  # noqa: BLE001
                 all_sent, failures = False, failures + 1
-                self.last_error = " ".join(str(error).split())[:300] or type(error).__name__
+                self.last_error = one_line(error)
                 if failures == 1:
                     _log.warning("%s: %s; will try again", self._thread.name, self.last_error)
                     _log.debug("%s: the failure in full", self._thread.name, exc_info=True)

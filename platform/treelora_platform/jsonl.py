@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from treelora.errors import DataError
+from pydantic import TypeAdapter, ValidationError
+
+from treelora.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -31,10 +33,24 @@ class JsonLog(Generic[Entry]):
         Raises:
             DataError: the file holds something else.
         """
+        entry: TypeAdapter[Entry] = TypeAdapter(self.kind)
+        found = []
+        for number, line in enumerate(self._lines(), start=1):
+            try:
+                found.append(entry.validate_json(line, strict=True, extra="forbid"))
+            except ValidationError as error:
+                fault = error.errors()[0]
+                why = ": ".join([*map(str, fault["loc"]), fault["msg"]])
+                raise DataError(f"{self.path}: is not {self.what} (line {number}: {why}); move it away") from None
+        return found
+
+    def _lines(self) -> list[bytes]:
         try:
-            return [self.kind(**record) for record in _read_lines(self.path)]
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{self.path}: is not {self.what} ({error}); move it away") from None
+            return [line for line in self.path.read_bytes().split(b"\n")[:-1] if line]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise DataError(f"{self.path}: is not {self.what} ({one_line(error)}); move it away") from None
 
     def add(self, entry: Entry) -> None:
         """Make an entry safe on disk."""
@@ -60,12 +76,3 @@ def _end_whole(file: Any) -> None:
         return
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
-    if any(not isinstance(record, dict) for record in records):
-        raise ValueError("a line is no JSON object")
-    return records

@@ -17,7 +17,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from treelora.errors import ConfigError
+from treelora.errors import ConfigError, one_line
 from treelora_platform.checkpoint import newest_commit, newest_name
 from treelora_platform.packing import pack_run
 from treelora_platform.redaction import hide_credentials
@@ -212,8 +212,7 @@ def _refusals_told(address: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        line = " ".join(str(error).split())[:300] or type(error).__name__
-        raise TrackingError(hide_credentials(f"MLflow at {address}: {line}")) from None
+        raise TrackingError(hide_credentials(f"MLflow at {address}: {one_line(error)}")) from None
 
 
 @contextmanager

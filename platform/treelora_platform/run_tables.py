@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
-from treelora.errors import DataError
+from treelora.data.parquet import opened
+from treelora.errors import DataError, one_line
 
 STEPS = pa.schema(
     [
@@ -201,7 +201,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         DataError: names the file, the column, what was expected and what was found.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with opened(path) as file:
             found = file.schema_arrow
             for field in schema:
                 _check_field(path, field, found)
@@ -213,8 +213,8 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
             elif not field.nullable and table[field.name].null_count:
                 raise DataError(f"{path}: column {field.name!r} has empty values; write the table again")
         return table.select(schema.names).cast(pa.schema([field.with_nullable(True) for field in schema]))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: can't be read as Parquet ({' '.join(str(error).split())[:200]})") from None
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: can't be read as Parquet ({one_line(error)})") from None
 
 
 def _check_field(path: Path, field: pa.Field, found: pa.Schema) -> None:
@@ -271,7 +271,7 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, OSError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: can't be read ({' '.join(str(error).split())[:200]})") from None
+        raise DataError(f"{path}: can't be read ({one_line(error)})") from None
     if not isinstance(plain, dict):
         raise DataError(f"{path}: holds a {type(plain).__name__}, expected a mapping")
     return plain

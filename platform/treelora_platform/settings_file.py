@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from treelora.errors import ConfigError
+from treelora.errors import ConfigError, one_line
 from treelora_platform.redaction import hide_credentials
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -37,7 +37,7 @@ def read_mapping(path: Path, kind: str, examples: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read ({error})") from None
     except _YAML_ERRORS as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: is not YAML: {one_line(error)}") from None
     if plain is None:
         return {}
     if not isinstance(plain, dict):

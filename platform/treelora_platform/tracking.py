@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from treelora.errors import DataError, TreeLoRAError
+from treelora.errors import DataError, TreeLoRAError, one_line
 from treelora_platform.background import BackgroundSender
 from treelora_platform.redaction import HIDDEN, hide_credentials
 from treelora_platform.run_points import Point
@@ -102,8 +102,8 @@ def start_run(
         state = replace(state, run_id=MlflowServer(uri).open_run(plan))
     except _refusals() as error:
         if run_dir is None:
-            raise TrackingError(f"MLflow at {shown}: {_one_line(error)}") from None
-        _log.warning("MLflow at %s: %s; the run goes on and is sent later", shown, _one_line(error))
+            raise TrackingError(f"MLflow at {shown}: {one_line(error)}") from None
+        _log.warning("MLflow at %s: %s; the run goes on and is sent later", shown, one_line(error))
     if run_dir:
         state.save(run_dir)
     return state.run_id
@@ -128,7 +128,7 @@ def finish_run(
         sender = _sender(run_dir, tracking_uri, run_id)
         sender.keep(finish=end)
     except (DataError, OSError) as error:
-        return FinishReport(False, run_id, _one_line(error), _hint(run_dir))
+        return FinishReport(False, run_id, one_line(error), _hint(run_dir))
     return _complete(sender, drain_s)
 
 
@@ -139,7 +139,7 @@ def adopt_runs(tracking_uri: str, parent_run_id: str, run_ids: Sequence[str]) ->
         for run_id in run_ids:
             client.set_tag(run_id, "mlflow.parentRunId", parent_run_id)
     except _refusals() as error:
-        _log.warning("MLflow: %s; some trials have no parent run", _one_line(error))
+        _log.warning("MLflow: %s; some trials have no parent run", one_line(error))
 
 
 def replay(run_dir: Path, tracking_uri: str | None = None, *, drain_s: float = 600.0) -> FinishReport:
@@ -251,7 +251,7 @@ def _complete(sender: Sender, drain_s: float) -> FinishReport:
         elif sender.state.finish and (missing := sender.finish(sender.state.finish)):
             return FinishReport(True, sender.state.run_id, f"{sender.run_dir}: there is no {', '.join(missing)}")
     except _refusals() as error:
-        problem = _one_line(error)
+        problem = one_line(error)
     return FinishReport(not problem, sender.state.run_id, problem, _hint(sender.run_dir) if problem else None)
 
 
@@ -270,10 +270,6 @@ def _refusals() -> tuple[type[Exception], ...]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return (MlflowException, SQLAlchemyError, OSError, DataError)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _hint(run_dir: Path) -> str:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.loud import loud_column
 from treelora.data import Example, SplitMeta, Task, TaskStream, open_stream, open_task, slugify, write_split
 from treelora.data.names import MAX_SLUG
 from treelora.data.parquet import read_split
@@ -210,24 +211,8 @@ class TestRefused:
                 read_split(path)
 
     def test_extension_types_are_refused_before_their_code_runs(self, tmp_path: Path) -> None:
-        ran: list[str] = []
-
-        class Loud(pa.ExtensionType):
-            def __init__(self) -> None:
-                super().__init__(pa.string(), "treelora.tests.loud")
-
-            def __arrow_ext_serialize__(self) -> bytes:
-                return b"payload"
-
-            @classmethod
-            def __arrow_ext_deserialize__(cls, storage: pa.DataType, payload: bytes) -> "Loud":
-                ran.append("code")
-                return cls()
-
-        loud = pa.ExtensionArray.from_storage(Loud(), pa.array(["p"]))
-        nested = pa.StructArray.from_arrays([loud], ["inner"])
-        pa.register_extension_type(Loud())
-        try:
+        with loud_column() as (loud, ran):
+            nested = pa.StructArray.from_arrays([loud], ["inner"])
             for i, column in enumerate((loud, nested)):
                 extra = pa.table({"id": ["a"], "prompt": ["p"], "answer": ["yes"], "extra": column})
                 path = raw_table(tmp_path / f"{i}.parquet", extra)
@@ -237,8 +222,6 @@ class TestRefused:
                 assert ran == []
                 pq.read_schema(path)
                 assert ran, "the file must be one that would have run code"
-        finally:
-            pa.unregister_extension_type("treelora.tests.loud")
 
 
 class TestFolders:

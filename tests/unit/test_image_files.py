@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.images import encoded, examples, meta, noise
+from tests.support.loud import loud_column
 from treelora.data import open_task
 from treelora.data.images import ImageExample, read_images, write_images
 from treelora.data.images.files import ImageWriter
@@ -227,26 +228,9 @@ class TestReadRefuses:
                 list(read_images(path))
 
     def test_extension_types_are_refused_before_their_code_runs(self, path: Path) -> None:
-        ran: list[str] = []
-
-        class Loud(pa.ExtensionType):
-            def __init__(self) -> None:
-                super().__init__(pa.binary(), "treelora.test.loud-image")
-
-            def __arrow_ext_serialize__(self) -> bytes:
-                return b""
-
-            @classmethod
-            def __arrow_ext_deserialize__(cls, storage: pa.DataType, serialized: bytes) -> "Loud":
-                ran.append("code")
-                return cls()
-
-        pa.register_extension_type(Loud())
-        try:
-            raw(path, {**GOOD, "image": pa.ExtensionArray.from_storage(Loud(), pa.array([b"x"]))})
+        with loud_column() as (loud, ran):
+            raw(path, {**GOOD, "image": loud})
             ran.clear()
             with pytest.raises(DataError, match="holds Arrow extension types"):
                 list(read_images(path))
             assert ran == []
-        finally:
-            pa.unregister_extension_type("treelora.test.loud-image")

@@ -157,7 +157,7 @@ class TestCache:
             pass
         body = bytes(sink.getvalue())
         path.write_bytes(body + hashlib.sha256(body).digest())
-        with pytest.raises(DataError, match="can't be read as an image cache"):
+        with pytest.raises(DataError, match="can't be read as a cache"):
             ImageRows.open(path)
 
     def test_an_altered_split_leaves_no_cache(self, tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ class TestRefused:
                 r"options\.test_share is 1\.5; use a number between 0 and 1",
             ),
             ({"layout": "domain/class", "splits": {"test": "val"}}, r"options\.splits needs folders for splits"),
-            ({"splits": "val"}, r"options\.splits is 'val'; map our splits to folders"),
+            ({"splits": "val"}, r"options\.splits is 'val'; use a mapping of our splits to the source's"),
             ({"columns": {}}, r"importer 'image_folder' has no option \['columns'\]"),
             ({"limit": 0}, "limit is 0"),
             ({"labels": "l.csv", "layout": "class"}, "don't go together"),

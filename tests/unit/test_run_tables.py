@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.loud import loud_column
 from tests.support.run_dir import START_MS, SyntheticRun, finished_run
 from treelora.errors import DataError
 from treelora_platform.run_tables import (
@@ -89,25 +90,15 @@ def test_a_truncated_part_is_named(run):
 
 
 def test_an_extension_type_is_refused_before_a_value_is_read(tmp_path):
-    class Trap(pa.ExtensionType):
-        def __init__(self):
-            super().__init__(pa.float64(), "test.trap")
-
-        def __arrow_ext_serialize__(self):
-            return b""
-
-        @classmethod
-        def __arrow_ext_deserialize__(cls, storage, serialized):
-            return cls()
-
-    pa.register_extension_type(Trap())
-    try:
-        trapped = pa.ExtensionArray.from_storage(Trap(), pa.array([1.0]))
-        pq.write_table(pa.table({"loss": trapped}), tmp_path / "trap.parquet")
-        with pytest.raises(DataError, match=r"column 'loss' is .*test\.trap"):
-            read_table(tmp_path / "trap.parquet", pa.schema([pa.field("loss", pa.float64())]))
-    finally:
-        pa.unregister_extension_type("test.trap")
+    path = tmp_path / "loud.parquet"
+    with loud_column() as (loud, ran):
+        pq.write_table(pa.table({"task": loud}), path)
+        ran.clear()
+        with pytest.raises(DataError, match="extension types"):
+            read_table(path, pa.schema([pa.field("task", pa.string())]))
+        assert ran == []
+        pq.read_schema(path)
+        assert ran, "the file must be one that would have run code"
 
 
 def test_names_of_all_tasks(tmp_path):

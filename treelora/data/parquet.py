@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from treelora.data.files import resolve, write_bytes_atomically
 from treelora.data.schema import METADATA_KEY, TEXT_COLUMNS, Example, SplitMeta, check_rows
-from treelora.errors import DataError
+from treelora.errors import DataError, one_line
 
 READ_ERRORS = (pa.ArrowException, OSError, ValueError)
 
@@ -111,7 +111,7 @@ def opened(path: str | Path) -> Iterator[pq.ParquetFile]:
                         raise refused_type(where, column.name, column.type, "a plain type")
                 yield file
     except READ_ERRORS as error:
-        raise DataError(f"{where}: can't be read as Parquet ({error}); copy or import it again") from error
+        raise DataError(f"{where}: can't be read as Parquet ({one_line(error)}); copy or import it again") from error
 
 
 def batches_of(file: pq.ParquetFile, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:

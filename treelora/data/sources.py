@@ -10,6 +10,7 @@ from treelora.data.images.own import copy_tasks, own_tasks
 from treelora.data.images.sources import cifar, cub, digits, folders, hub_images, tables
 from treelora.data.importers import hub, olora, tabular, trace
 from treelora.data.importers.common import Options, RawTask, usable
+from treelora.data.importers.options import checked_options
 from treelora.data.importers.report import ImportReport, refuse_other_task, remove_other_splits
 from treelora.data.names import slugify
 from treelora.data.parquet import write_split
@@ -74,8 +75,7 @@ def import_tasks(
     written or none. Raises ConfigError for an unknown source or option,
     DataError for data that can't be read, a task without usable rows, and two tasks of one name or folder.
     """
-    options = {} if options is None else options
-    importer = _importer(source, options)
+    importer, options = _importer(source, {} if options is None else options)
     if isinstance(importer, ImageSource):
         if source == "images" and (own := own_tasks(path)):
             return copy_tasks(own, names, out, options)
@@ -91,18 +91,12 @@ def import_tasks(
     return reports
 
 
-def _importer(source: str, options: Options) -> Source | ImageSource:
+def _importer(source: str, options: Options) -> tuple[Source | ImageSource, Options]:
     if source not in IMPORTERS:
         raise ConfigError(f"no importer {source!r}; there are {', '.join(IMPORTERS)}")
     importer = IMPORTERS[source]
     shared = IMAGE_OPTIONS if isinstance(importer, ImageSource) else {"splits", "limit"}
-    known = importer.options | shared
-    if unknown := set(options) - known:
-        raise ConfigError(f"importer {source!r} has no option {sorted(unknown)}; it has {sorted(known)}")
-    limit = options.get("limit")
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise ConfigError(f"options.limit is {limit!r}; use a positive whole number")
-    return importer
+    return importer, checked_options(source, options, importer.options | shared)
 
 
 def _import_one(source: str, raw: RawTask, folder: str, limit: int | None) -> ImportReport:
@@ -142,7 +136,7 @@ def base_images(source: str, path: str, out: str | Path, *, options: Options) ->
     For pre-training on classes that no task of the same options will have. Raises as ``import_tasks`` does, and
     ConfigError for a source without images.
     """
-    importer = _importer(source, options)
+    importer, options = _importer(source, options)
     if not isinstance(importer, ImageSource):
         raise ConfigError(f"importer {source!r} reads no images, so it has no base classes")
     return import_base(source, importer.read, path, out, options)

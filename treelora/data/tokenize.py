@@ -1,9 +1,4 @@
-"""Tokenised splits: made once, cached by content hash as Arrow, memory-mapped by every worker.
-
-A cache file is an Arrow IPC stream of one record batch, followed by the SHA-256 of that stream: stream
-readers stop at the end mark, so any Arrow program reads the file, and a flipped byte is found before it is
-parsed.
-"""
+"""Tokenised splits: made once, cached by content hash as Arrow, memory-mapped by every worker."""
 
 import hashlib
 import json
@@ -16,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from treelora.data.files import write_bytes_atomically
 from treelora.data.prompting import (
     Frame,
     PromptStyle,
@@ -28,6 +22,7 @@ from treelora.data.prompting import (
     tokenizer_fingerprint,
 )
 from treelora.data.schema import Example
+from treelora.data.sealed import read_sealed, write_sealed
 from treelora.data.task import Task
 from treelora.errors import ConfigError, DataError
 
@@ -35,10 +30,8 @@ __all__ = ["PromptStyle", "TokenizedRows", "tokenize_split"]
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 1
-METADATA_KEY = b"treelora.tokens"
+CACHE_FORMAT = 2
 Ids = npt.NDArray[np.int32]
-_DIGEST_BYTES = 32
 
 _SCHEMA = pa.schema(
     [
@@ -79,20 +72,10 @@ class TokenizedRows:
     def open(cls, path: str | Path) -> "TokenizedRows":
         """Map a cache file; DataError where its checksum or its schema is not what was written."""
         path = Path(path)
-        try:
-            with pa.memory_map(str(path)) as source:
-                buffer = source.read_buffer()
-            split = buffer.size - _DIGEST_BYTES
-            body, mark = buffer.slice(0, max(split, 0)), buffer.slice(max(split, 0)).to_pybytes()
-            if hashlib.sha256(memoryview(body)).digest() != mark:
-                raise DataError(f"{path}: checksum differs, the cache file is damaged; delete it")
-            reader = pa.ipc.open_stream(body)
-            info = json.loads((reader.schema.metadata or {})[METADATA_KEY])
-            if not reader.schema.equals(_SCHEMA) or info["format"] != CACHE_FORMAT:
-                raise DataError(f"{path}: not a cache file of this version; delete it")
-            return cls(path, reader.read_next_batch(), info)
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            raise DataError(f"{path}: can't be read as a token cache ({error}); delete it") from error
+        batches, info = read_sealed(path)
+        if [batch.schema.remove_metadata() for batch in batches] != [_SCHEMA] or info.get("format") != CACHE_FORMAT:
+            raise DataError(f"{path}: not a cache file of this version; delete it")
+        return cls(path, batches[0], info)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -171,8 +154,8 @@ def tokenize_split(
     path = Path(cache_dir) / f"{key}.arrow"
     rows = _cached(path)
     if rows is None:
-        payload = _tokenise(task, split, tokenizer, resolve_frame(tokenizer, style), max_length)
-        write_bytes_atomically(path, payload + hashlib.sha256(payload).digest())
+        batch, info = _tokenise(task, split, tokenizer, resolve_frame(tokenizer, style), max_length)
+        write_sealed(path, _SCHEMA, [batch], info)
         rows = TokenizedRows.open(path)
     if refuse_long and rows.truncated:
         raise DataError(
@@ -193,8 +176,10 @@ def _cached(path: Path) -> TokenizedRows | None:
         return None
 
 
-def _tokenise(task: Task, split: str, tokenizer: Tokenizer, frame: Frame, max_length: int) -> bytes:
-    """The cache file's stream."""
+def _tokenise(
+    task: Task, split: str, tokenizer: Tokenizer, frame: Frame, max_length: int
+) -> tuple[pa.RecordBatch, dict[str, Any]]:
+    """The rows, and what there is to say of them."""
     examples = task.read(split)
     texts = [frame.prompt_text(row.prompt) for row in examples]
     known: dict[tuple[bool, str], list[int]] = {}
@@ -229,12 +214,8 @@ def _tokenise(task: Task, split: str, tokenizer: Tokenizer, frame: Frame, max_le
         "skipped": {"prompt has no tokens": skipped} if skipped else {},
         "max_length": max_length,
     }
-    schema = _SCHEMA.with_metadata({METADATA_KEY: json.dumps(info, sort_keys=True).encode()})
     arrays = [pa.array(columns[field.name], field.type) for field in _SCHEMA]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema) as writer:
-        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-    return bytes(sink.getvalue())
+    return pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA), info
 
 
 def _answers(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from treelora.errors import ConfigError, TreeLoRAError
+from treelora.errors import ConfigError, TreeLoRAError, one_line
 from treelora_platform.redaction import hide_credentials
 
 REACH_S = 10.0
@@ -134,7 +134,7 @@ def reason(error: BaseException) -> str:
             return cause.strerror.lower()
         inner = [part for part in (*cause.args, getattr(cause, "reason", None)) if isinstance(part, BaseException)]
         cause = cause.__cause__ or cause.__context__ or (inner[0] if inner else None)
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error)
 
 
 def token_source() -> str | None:

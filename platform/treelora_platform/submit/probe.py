@@ -152,7 +152,7 @@ def seen_paths(paths: Sequence[str]) -> dict[str, bool | str]:
     from pyarrow import fs
 
     from treelora.data.files import resolve
-    from treelora.errors import DataError
+    from treelora.errors import DataError, one_line
 
     found: dict[str, bool | str] = {}
     for path in paths:
@@ -160,7 +160,7 @@ def seen_paths(paths: Sequence[str]) -> dict[str, bool | str]:
             system, inner = resolve(path)
             found[path] = system.get_file_info(inner).type != fs.FileType.NotFound
         except (DataError, OSError) as error:
-            found[path] = " ".join(str(error).split())[:200]
+            found[path] = one_line(error)
     return found
 
 

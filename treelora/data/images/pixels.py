@@ -1,35 +1,32 @@
 """Decoded splits: made once, in threads, cached by content hash, memory-mapped by every worker.
 
-A cache file is an Arrow IPC stream of record batches of ``_batch_rows`` images each, followed by the SHA-256 of
-that stream, as token caches have it. Shapes: H rows and W columns of pixels, n images.
+A cache file holds record batches of ``_batch_rows`` images each. Shapes: H rows and W columns of pixels, n images.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from treelora.data.files import opened_atomically
 from treelora.data.images.decode import MAX_PIXELS, ImageProblem, decode, image_size
 from treelora.data.images.files import ImageExample, read_images
 from treelora.data.images.threads import ordered_map
 from treelora.data.parquet import read_meta
+from treelora.data.sealed import read_sealed, write_sealed
 from treelora.data.task import Task
 from treelora.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 1
-METADATA_KEY = b"treelora.pixels"
+CACHE_FORMAT = 2
 Pixels = npt.NDArray[np.uint8]
-_DIGEST_BYTES = 32
 _BATCH_BYTES = 8 << 20
 
 
@@ -62,20 +59,12 @@ class ImageRows:
     def open(cls, path: str | Path) -> "ImageRows":
         """Map a cache file; DataError where its checksum or its schema is not what was written."""
         path = Path(path)
-        try:
-            with pa.memory_map(str(path)) as source:
-                buffer = source.read_buffer()
-            split = max(buffer.size - _DIGEST_BYTES, 0)
-            body, mark = buffer.slice(0, split), buffer.slice(split).to_pybytes()
-            if hashlib.sha256(memoryview(body)).digest() != mark:
-                raise DataError(f"{path}: checksum differs, the cache file is damaged; delete it")
-            reader = pa.ipc.open_stream(body)
-            info = json.loads((reader.schema.metadata or {})[METADATA_KEY])
-            if info["format"] != CACHE_FORMAT or not reader.schema.equals(_schema(info["height"], info["width"])):
-                raise DataError(f"{path}: not a cache file of this version; delete it")
-            return cls(path, list(reader), info)
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            raise DataError(f"{path}: can't be read as an image cache ({error}); delete it") from error
+        batches, info = read_sealed(path)
+        if info.get("format") != CACHE_FORMAT or any(
+            batch.schema.remove_metadata() != _schema(info["height"], info["width"]) for batch in batches
+        ):
+            raise DataError(f"{path}: not a cache file of this version; delete it")
+        return cls(path, batches, info)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -146,28 +135,6 @@ def _schema(height: int, width: int) -> pa.Schema:
     )
 
 
-class _Hashing:
-    """A sink that knows the SHA-256 of what went through it."""
-
-    def __init__(self, sink: IO[bytes]) -> None:
-        self._sink = sink
-        self.sha = hashlib.sha256()
-        self.closed = False
-
-    def write(self, data: bytes) -> int:
-        self.sha.update(data)
-        return self._sink.write(data)
-
-    def writable(self) -> bool:
-        return True
-
-    def flush(self) -> None:
-        self._sink.flush()
-
-    def close(self) -> None:
-        self.closed = True
-
-
 def _make(path: Path, task: Task, split: str, side: int) -> None:
     where = task.path(split)
     common = _common_size(where, side)
@@ -182,20 +149,19 @@ def _make(path: Path, task: Task, split: str, side: int) -> None:
         "width": width,
         "batch_rows": batch_rows,
     }
-    schema = _schema(height, width).with_metadata({METADATA_KEY: json.dumps(info, sort_keys=True).encode()})
+    schema = _schema(height, width)
     places = {label: place for place, label in enumerate(task.choices)}
 
     def pixels(row: ImageExample) -> tuple[str, int, bytes]:
         return row.id, places[row.label], _pixels(where, row, side if common is None else None).tobytes()
 
-    with opened_atomically(path) as file:
-        sink = _Hashing(file)
-        with pa.ipc.new_stream(pa.PythonFile(sink, "w"), schema) as writer:
-            made = ordered_map(pixels, read_images(where))
-            while piece := list(islice(made, batch_rows)):
-                columns = [pa.array(column, f.type) for column, f in zip(zip(*piece, strict=True), schema, strict=True)]
-                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-        file.write(sink.sha.digest())
+    def batches() -> Iterator[pa.RecordBatch]:
+        made = ordered_map(pixels, read_images(where))
+        while piece := list(islice(made, batch_rows)):
+            columns = [pa.array(column, f.type) for column, f in zip(zip(*piece, strict=True), schema, strict=True)]
+            yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+    write_sealed(path, schema, batches(), info)
 
 
 def _common_size(where: str, side: int) -> tuple[int, int] | None:

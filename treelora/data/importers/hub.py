@@ -6,7 +6,7 @@ from typing import Any
 
 from treelora.data.importers.common import Options, RawRow, RawTask, choose_splits, object_rows
 from treelora.data.importers.tabular import columns_of, table_task
-from treelora.errors import DataError
+from treelora.errors import DataError, one_line
 
 
 def read(path: str, names: Sequence[str] | None, options: Options) -> Iterator[RawTask]:
@@ -42,8 +42,8 @@ def load(datasets: Any, path: str, name: str | None, options: Options) -> Any:
         if Path(path).exists():
             return datasets.load_from_disk(str(where))
         return datasets.load_dataset(path, name, revision=options.get("revision"))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{where}: can't be loaded as a Hugging Face data set ({error})") from error
+    except Exception as error:  # of a damaged folder `datasets` raises whatever it stumbles over
+        raise DataError(f"{where}: can't be loaded as a Hugging Face data set ({one_line(error)})") from error
 
 
 def _label_names(table: Any, answer: str) -> tuple[str, ...]:

@@ -79,14 +79,6 @@ def whole_option(options: Options, key: str, default: int | None, least: int) ->
     return value
 
 
-def text_option(options: Options, key: str, default: str) -> str:
-    """A text among the options; ConfigError for anything else."""
-    value = options.get(key, default)
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"options.{key} is {value!r}; use a text")
-    return value
-
-
 def test_share(options: Options, default: float) -> tuple[float, int]:
     """Share of each class that goes to test, and the seed that says which images."""
     share = options.get("test_share", default)

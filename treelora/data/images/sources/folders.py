@@ -15,7 +15,6 @@ from treelora.data.images.sources.common import (
     natural,
     split_by_share,
     test_share,
-    text_option,
 )
 from treelora.data.images.sources.labels import folder_label, read_labels
 from treelora.data.importers.common import SPLIT_NAMES, Options, choose_splits, list_files, read_bytes
@@ -34,10 +33,10 @@ def read(path: str, options: Options) -> RawImages:
     """
     root = path.rstrip("/")
     files = image_files(root)
-    labels_file = options.get("labels") and text_option(options, "labels", "").removeprefix("./")
+    labels_file = options.get("labels", "").removeprefix("./")
     splits = _split_names(files, options)
     if not labels_file:
-        layout = text_option(options, "layout", "split/class" if splits else "class")
+        layout = options.get("layout", "split/class" if splits else "class")
         if layout not in LAYOUTS:
             raise ConfigError(f"options.layout is {layout!r}; use one of {', '.join(LAYOUTS)}")
         return from_folders(root, files, layout, options, {})
@@ -72,8 +71,6 @@ def image_files(root: str) -> list[str]:
 def _split_names(files: Sequence[str], options: Options) -> dict[str, str] | None:
     """{our split: folder} where the top folders are splits."""
     asked = options.get("splits", {})
-    if not isinstance(asked, Mapping):
-        raise ConfigError(f"options.splits is {asked!r}; map our splits to folders, such as {{test: val}}")
     tops = {name.split("/")[0] for name in files if "/" in name}
     known = {name for names in SPLIT_NAMES.values() for name in names} | set(asked.values())
     return None if not tops or tops - known else {top: top for top in tops}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from treelora.data.images.sources.common import ImageRow, RawImages, RawSplit, loaders, text_option
+from treelora.data.images.sources.common import ImageRow, RawImages, RawSplit, loaders
 from treelora.data.images.sources.tables import label_text
 from treelora.data.importers.common import Options, choose_splits, read_bytes
 from treelora.data.importers.hub import load
@@ -19,8 +19,8 @@ def read(path: str, options: Options) -> RawImages:
         import datasets
     except ImportError as error:
         raise DataError("Hugging Face data sets need `pip install 'treelora[data]'`") from error
-    image = text_option(options, "image_column", "image")
-    label = text_option(options, "label_column", "label")
+    image = options.get("image_column", "image")
+    label = options.get("label_column", "label")
     loaded = load(datasets, path, options.get("config"), options)
     if not isinstance(loaded, dict):
         raise DataError(f"{path}: one table without splits; save a DatasetDict with train and test")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from treelora.data.images.sources.common import ImageRow, Loader, RawImages, RawSplit, text_option
+from treelora.data.images.sources.common import ImageRow, Loader, RawImages, RawSplit
 from treelora.data.importers.common import Options, split_files
 from treelora.data.parquet import batches_of, opened, refused_type
 from treelora.errors import DataError
@@ -19,8 +19,8 @@ def read(path: str, options: Options) -> RawImages:
 
     Whole numbers as labels get the names that Hugging Face's metadata has for them, else they are names.
     """
-    image = text_option(options, "image_column", "image")
-    label = text_option(options, "label_column", "label")
+    image = options.get("image_column", "image")
+    label = options.get("label_column", "label")
     files = split_files(path.rstrip("/"), ".parquet", options)
     return RawImages(path, {split: _split(uri, split, image, label) for split, uri in files.items()}, {})
 
