@@ -20,14 +20,21 @@ _KEY = b"treelora.cache"
 
 
 def write_sealed(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], info: Mapping[str, Any]) -> None:
-    """Write batches of a schema, one after another, and what there is to say of them as JSON."""
+    """Write batches of a schema, one after another, and what there is to say of them as JSON.
+
+    Raises:
+        DataError: the disk refuses.
+    """
     schema = schema.with_metadata({_KEY: json.dumps(info, sort_keys=True).encode()})
-    with opened_atomically(path) as file:
-        sink = _Hashing(file)
-        with pa.ipc.new_stream(pa.PythonFile(sink, "w"), schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-        file.write(sink.sha.digest())
+    try:
+        with opened_atomically(path) as file:
+            sink = _Hashing(file)
+            with pa.ipc.new_stream(pa.PythonFile(sink, "w"), schema) as writer:
+                for batch in batches:
+                    writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+            file.write(sink.sha.digest())
+    except OSError as error:
+        raise DataError(f"{path}: the cache can't be written ({one_line(error)})") from error
 
 
 def read_sealed(path: Path) -> tuple[list[pa.RecordBatch], dict[str, Any]]:

@@ -40,8 +40,12 @@ def load(datasets: Any, path: str, name: str | None, options: Options) -> Any:
     where = Path(path) / name if name is not None else Path(path)
     try:
         if Path(path).exists():
-            return datasets.load_from_disk(str(where))
-        return datasets.load_dataset(path, name, revision=options.get("revision"))
+            loaded = datasets.load_from_disk(str(where))
+        else:
+            loaded = datasets.load_dataset(path, name, revision=options.get("revision"))
+        for table in loaded.values() if isinstance(loaded, dict) else ():
+            table.data.validate(full=True)  # Arrow believes a damaged file's lengths, and reads beyond its end
+        return loaded
     except Exception as error:  # of a damaged folder `datasets` raises whatever it stumbles over
         raise DataError(f"{where}: can't be loaded as a Hugging Face data set ({one_line(error)})") from error
 

@@ -16,10 +16,12 @@ _EXPECTED: dict[str, tuple[Any, str]] = {
     "kind": (Literal["choice", "generation"], "choice or generation"),
     "metric": (Literal[METRICS], f"one of {', '.join(METRICS)}"),
     "choices": (list[_TEXT] | tuple[_TEXT, ...], "a list of texts"),
-    "delimiter": (Annotated[str, Field(pattern=r"^[^\r\n\"\x00]\Z")], "one letter, such as ';'"),
+    "delimiter": (Annotated[str, Field(min_length=1, max_length=1, pattern=r'^[^\r\n"]$')], "one letter, such as ';'"),
     "limit": (Annotated[int, Field(ge=1)], "a positive whole number"),
-    **dict.fromkeys(("template", "revision", "config", "labels", "layout"), (_TEXT, "a text")),
-    **dict.fromkeys(("image_column", "label_column", "protocol"), (_TEXT, "a text")),
+    **dict.fromkeys(
+        ("template", "revision", "config", "labels", "layout", "image_column", "label_column", "protocol"),
+        (_TEXT, "a text, in quotes where it looks like a number"),
+    ),
 }
 
 

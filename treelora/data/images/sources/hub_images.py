@@ -42,7 +42,7 @@ def _split(datasets: Any, where: str, split: str, table: Any, image: str, label:
     kind = table.features[image]
     if isinstance(kind, datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
-    elif getattr(kind, "dtype", None) not in ("binary", "large_binary"):
+    elif getattr(_of_bytes(kind), "dtype", None) not in ("binary", "large_binary"):
         raise DataError(f"{where}: column '{image}' is {kind}, expected images or their encoded bytes")
     names = tuple(getattr(table.features[label], "names", None) or ())
     rows = []
@@ -51,6 +51,11 @@ def _split(datasets: Any, where: str, split: str, table: Any, image: str, label:
         rows.append(ImageRow(f"{split}[{index}]", f"{split}-{index}", text, problem=problem))
     images = table.select_columns([image])
     return RawSplit(rows, lambda wanted: loaders(wanted, lambda index: _bytes(images[index][image])))
+
+
+def _of_bytes(kind: Any) -> Any:
+    """The feature that holds the bytes: the column's own, or that in a struct of bytes and path."""
+    return kind.get("bytes") if isinstance(kind, dict) else kind
 
 
 def _bytes(cell: Any) -> bytes:
