@@ -14,6 +14,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from torch.nn import functional as F
 
 from tests.support.image_streams import PAIRS, STEPS, image_config
+from tests.support.prompted_streams import prompted_config
 from tests.support.streams import build_loop, build_run, commits, digests, execute, outcome, recorded
 from treelora.data import sources
 from treelora.engine import read_adapter, read_head
@@ -165,21 +166,24 @@ def test_resumed_at_every_commit_it_ends_the_same(name: str, tmp_path: Path) -> 
         assert resumed.position == whole.position or resumed.position.unit == whole.position.unit
 
 
-def test_more_classes_come_later(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["treelora", "inflora", "sdlora", "l2p", "dualprompt"])
+def test_more_classes_come_later(tmp_path: Path, method: str) -> None:
     """The head gets rows for what an extension brings, and keeps what it had."""
     first = {"classes": {"per_task": 2, "base": ["0", "1", "2", "3"]}, "order": ["classes 4 and 5", "classes 6 and 7"]}
     later = {"source": "digits", "classes": {"per_task": 2, "base": ["0", "1", "2", "3"]}, "order": ["classes 8 and 9"]}
-    config = image_config(tmp_path, stream=first)
+    config = prompted_config(tmp_path, stream=first, method=method)
     before = read_head(execute(config, tmp_path / "run").engine)
+    [weight] = [name for name in before if name.endswith(".weight")]
     extended = config.model_copy(update={"extensions": (type(config.stream)(**later, train_rows=24, test_rows=10),)})
     loop, _ = build_run(extended, tmp_path / "run")
     grown = read_head(loop.engine)
-    assert before[WEIGHT].shape == (4, 32)
-    assert grown[WEIGHT].shape == (6, 32)
-    assert torch.equal(grown[WEIGHT][:4], before[WEIGHT])
+    assert before[weight].shape == (4, 32)
+    assert grown[weight].shape == (6, 32)
+    assert torch.equal(grown[weight][:4], before[weight])
     assert loop.position.unit == 2
     loop.run()
-    assert torch.equal(read_head(loop.engine)[WEIGHT][:4], before[WEIGHT])
+    assert torch.equal(read_head(loop.engine)[weight][:4], before[weight])
+    assert len(loop.bank) == 3
     assert [tuple(test.task.choices) for test in loop.evaluator.tests] == list(PAIRS)
 
 
