@@ -167,10 +167,12 @@ class ExperimentConfig(Options):
         return self.model_dump(mode="json")
 
     def in_use(self) -> dict[str, Any]:
-        """`as_dict` without the settings of other methods, and of images where the stream is of text."""
+        """`as_dict` without the settings of other methods, and those of images or text that the stream isn't of."""
         others = set(get_args(MethodName)) - {self.method} | (set() if self.images else {"vision"})
         plain = {key: value for key, value in self.as_dict().items() if key not in others}
-        if not self.images:
+        if self.images:
+            del plain["train"]["group_by_length"]
+        else:
             for stream in (plain["stream"], *plain["extensions"]):
                 del stream["classes"]
         return plain

@@ -97,6 +97,8 @@ def build_units(
         return [Unit("all tasks", everything, tuple(splits), plan, collator_of(0), accumulation)]
     units = []
     for i, (task, split) in enumerate(zip(tasks, splits, strict=True)):
-        plan = BatchPlan(len(split), batch, **steps_of(config, i, len(split)), seed=config.seed, task_index=i)
+        lengths = split.rows.lengths[split.chosen] if config.train.group_by_length and not config.images else None
+        steps = steps_of(config, i, len(split))
+        plan = BatchPlan(len(split), batch, **steps, seed=config.seed, task_index=i, lengths=lengths)
         units.append(Unit(task.name, (i,), (split,), plan, collator_of(i), accumulation))
     return units
