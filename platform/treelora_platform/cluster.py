@@ -14,6 +14,7 @@ from treelora_platform.config import ExperimentConfig
 from treelora_platform.guardian import start_guardian
 
 CONNECT_TIMEOUT_S = 10.0
+_log = logging.getLogger(__name__)
 
 # Read by Ray at import and handed on to its processes.
 _ENVIRONMENT = {
@@ -51,11 +52,23 @@ def connect(config: ExperimentConfig) -> None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError) as error:
             raise TreeLoRAError(f"RAY_ADDRESS {address!r}: {error}") from None
+        _warn_of_open_doors(address)
         return
     cluster = config.cluster
     cpus = max(os.cpu_count() or 1, round(cluster.workers * cluster.cpus_per_worker))
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     start_guardian()
+
+
+def _warn_of_open_doors(address: str) -> None:
+    # Without a token we would have been let in by such a cluster only.
+    host = address.removeprefix("ray://").rpartition(":")[0].strip("[]")
+    if os.environ.get("RAY_AUTH_MODE") != "token" and host not in ("", "localhost", "127.0.0.1", "::1"):
+        _log.warning(
+            "Ray at %s runs without token authentication: whoever reaches it can run code there; set "
+            "RAY_AUTH_MODE=token on its nodes (docs/cluster.md)",
+            address,
+        )
 
 
 def _expect_answer(address: str) -> None:

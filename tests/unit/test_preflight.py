@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from treelora.errors import ConfigError, TreeLoRAError
+from treelora_platform import cluster
 from treelora_platform.cluster import connect
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.prepare import FREE_BYTES_NEEDED, check_storage
@@ -44,3 +45,26 @@ def test_an_address_where_nobody_answers_is_named_at_once(monkeypatch):
             TreeLoRAError, match=f"RAY_ADDRESS '{address}': nothing answers there .*; is the cluster up"
         ):
             connect(ExperimentConfig())
+
+
+@pytest.mark.parametrize(
+    ("address", "mode", "warned"),
+    [
+        ("10.0.0.1:6379", None, True),
+        ("ray://10.0.0.1:10001", "disabled", True),
+        ("[2001:db8::1]:6379", None, True),
+        ("10.0.0.1:6379", "token", False),
+        ("127.0.0.1:6379", None, False),
+        ("ray://[::1]:10001", None, False),
+        ("auto", None, False),
+    ],
+)
+def test_a_cluster_that_lets_everybody_in_is_told_of(monkeypatch, caplog, address, mode, warned):
+    monkeypatch.setattr("ray.init", lambda **_: None)
+    monkeypatch.setattr(cluster, "_expect_answer", lambda _: None)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    connect(ExperimentConfig())
+    assert ("without token authentication" in caplog.text) == warned
