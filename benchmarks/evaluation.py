@@ -1,8 +1,8 @@
 """Scoring of choices: `python benchmarks/evaluation.py`. Prints both sides of each ratio, in one run.
 
 Ours runs a row's prompt once for all its choices, and the output head where a choice's tokens stand. Against it, one
-full forward pass per (row, choice): all logits of every sequence, rows in file order, as many sequences at a time as ours
-takes rows, and one at a time. Answers must be the same; how far the scores are apart is printed too.
+full forward pass per (row, choice): all logits of every sequence, rows in file order, as many sequences at a time as
+ours takes rows, and one at a time. Answers must be the same; how far the scores are apart is printed too.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class LocalMemory:
     """`treelora.methods.Memory` on a `TaskMemory`."""
 
     def __init__(self, config: MemoryConfig, run: str = "local"):
-        self.memory, self.run = TaskMemory(config), run
+        self.memory, self.run = TaskMemory(config, run), run
         self._task = ""
         self._answer: tuple[np.ndarray, np.ndarray] | None = None
 

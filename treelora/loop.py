@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from treelora.errors import TreeLoRAError
 from treelora.evaluation.evaluator import Evaluator
 from treelora.evaluation.matrix import Score
 from treelora.lookahead import Lookahead
-from treelora.loop_records import LoopOptions, Position, StepRecord, TaskRecord
+from treelora.loop_records import LoopOptions, Position, StepRecord, TaskRecord, tensor_bytes
 from treelora.methods.base import Method, TaskContext
 from treelora.schedule import learning_rate
 from treelora.training_data import Unit
@@ -228,7 +228,7 @@ class StreamLoop:
             tokens=sum(unit.tokens(step) for step in range(steps)),
             passes=self.position.passes,
             adapter_bytes=self._bank_bytes(),
-            state_bytes=_bytes(self.method.state_dict()) if self.method.trains else 0,
+            state_bytes=tensor_bytes(self.method.state_dict()) if self.method.trains else 0,
             router_accuracy=router.accuracy if router else None,
             fallback_share=router.fallback_share if router else None,
             mixed_up=router.mixed_up if router else None,
@@ -248,7 +248,7 @@ class StreamLoop:
     def _bank_bytes(self) -> int:
         distinct = {id(state): state for state in self.bank}
         kept = self.bank[-1:] if self.method.accumulates else distinct.values()  # the last one holds all others
-        return sum(_bytes(state) for state in kept)
+        return sum(tensor_bytes(state) for state in kept)
 
     def _commit(self, position: Position) -> None:
         self.position = position
@@ -285,7 +285,3 @@ class _Passes:
     def stop(self) -> int:
         self._handle.remove()
         return self.count
-
-
-def _bytes(state: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())

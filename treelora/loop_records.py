@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -87,3 +90,8 @@ class TaskRecord:
     """Percent of the test prompts that were answered by an average, for want of a margin."""
     mixed_up: tuple[tuple[int, int, int], ...] | None = None
     """(task, the task that the router takes its prompts for, prompts), where these differ."""
+
+
+def tensor_bytes(state: Mapping[str, Tensor]) -> int:
+    """What tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())

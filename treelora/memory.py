@@ -32,14 +32,14 @@ class TaskMemory:
     first step's.
     """
 
-    def __init__(self, config: MemoryConfig) -> None:
+    def __init__(self, config: MemoryConfig, run: str | None = None) -> None:
         self.config = config
         self.tasks: list[str] = []
         self.arms = Arms(config)
         self.bandit: TreeBandit | None = None
         # The last task's sketch as it was told: a repeated `end_task` must tell the same.
         self._recorded_LK = np.zeros((config.layers, config.sketch_size), dtype=np.float32)
-        self._run: str | None = None
+        self._run = run
         self._task: str | None = None
         self._horizon = 0
         self._last: Selection | None = None

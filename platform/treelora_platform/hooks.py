@@ -15,7 +15,7 @@ from treelora.engine import read_adapter, read_head
 from treelora.errors import CheckpointError
 from treelora.evaluation.matrix import Score
 from treelora.loop import StreamLoop
-from treelora.loop_records import Position, StepRecord, TaskRecord
+from treelora.loop_records import Position, StepRecord, TaskRecord, tensor_bytes
 from treelora.methods import TreeLoRA
 from treelora_platform.checkpoint import Commit, newest_commit, write_commit
 from treelora_platform.diagnostics import PenaltyWatch
@@ -82,6 +82,22 @@ class PlatformHooks:
             self.recorder.event("scored", unit=task.task_index, task=task.task, scores=_mean_by_mode(scores))
             self._notify()
 
+    def take_up(self, loop: StreamLoop) -> None:
+        """Bring a freshly assembled loop, and the run's files, to the newest commit. Collective.
+
+        Raises:
+            CheckpointError: there are commits, but none that can be used.
+        """
+        found: tuple[Commit | None, list[str]] = newest_commit(self.run_dir) if loop.engine.rank == 0 else (None, [])
+        # rank 0 decides for all: another rank that looks a moment later may see the first commit of this very attempt
+        commit, troubles = loop.engine.broadcast(found)
+        if commit:
+            restore(loop, commit, self.run_dir)
+            self.saved = set(commit.adapters)
+            self._memory_bytes = tensor_bytes(commit.parts["memory"]) if "memory" in commit.parts else None
+        if self.recorder:
+            _tell_of_beginning(self.recorder, loop, troubles)
+
     def commit(self, position: Position, loop: StreamLoop) -> None:
         """See `Hooks`."""
         engine, method = loop.engine, loop.method
@@ -127,7 +143,7 @@ class PlatformHooks:
         assert method.memory
         assert self.recorder
         state = method.memory.state_dict()
-        self._memory_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        self._memory_bytes = tensor_bytes(state)
         if position.trained:
             self.recorder.write_tree(position.unit, loop.units[position.unit].name, method.memory.describe())
         return state
@@ -147,20 +163,7 @@ class PlatformHooks:
                 outlet.notify()
 
 
-def take_up(loop: StreamLoop, run_dir: Path, recorder: Recorder | None) -> set[str]:
-    """Bring a freshly assembled loop, and the run's files, to the newest commit; the adapters it has. Collective.
-
-    Raises:
-        CheckpointError: there are commits, but none that can be used.
-    """
-    found: tuple[Commit | None, list[str]] = newest_commit(run_dir) if loop.engine.rank == 0 else (None, [])
-    # rank 0 decides for all: another rank that looks a moment later may see the first commit of this very attempt
-    commit, troubles = loop.engine.broadcast(found)
-    if commit:
-        restore(loop, commit, run_dir)
-    adapters = set(commit.adapters) if commit else set()
-    if not recorder:
-        return adapters
+def _tell_of_beginning(recorder: Recorder, loop: StreamLoop, troubles: Sequence[str]) -> None:
     for trouble in troubles:
         recorder.event("warning", what=f"commit passed over: {trouble}")
     for test in loop.evaluator.tests:
@@ -173,7 +176,6 @@ def take_up(loop: StreamLoop, run_dir: Path, recorder: Recorder | None) -> set[s
         units=[unit.name for unit in loop.units],
         global_step=loop.position.global_step,
     )
-    return adapters
 
 
 def restore(loop: StreamLoop, commit: Commit, run_dir: Path) -> None:

@@ -92,7 +92,7 @@ class TreeKeeper:
             if self._served(term):
                 return Reply(self._life.life)
             self._refuse_older(term)
-        memory = TaskMemory.from_state_dict(state, run=run) if state else TaskMemory(config)
+        memory = TaskMemory.from_state_dict(state, run=run) if state else TaskMemory(config, run)
         term = term or Term()
         if self._store:
             self._guarded(self._store.reset, memory.state_dict(), term)

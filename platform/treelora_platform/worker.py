@@ -15,7 +15,7 @@ from treelora.memory import MemoryConfig
 from treelora_platform.assemble import assemble, device_for
 from treelora_platform.checkpoint import remove_scratch
 from treelora_platform.config import ExperimentConfig, parse_config
-from treelora_platform.hooks import PlatformHooks, take_up
+from treelora_platform.hooks import PlatformHooks
 from treelora_platform.preemption import is_preempted
 from treelora_platform.provenance import differing, versions
 from treelora_platform.recorder import Recorder
@@ -66,7 +66,7 @@ def run_worker(job: dict[str, Any]) -> None:
         return TreeClient(name, settings, run=name, attempt=attempt, notice=warn)
 
     loop = assemble(config, tasks, Path(job["cache"]), hooks, make_engine, make_memory)
-    hooks.saved = take_up(loop, run_dir, recorder)
+    hooks.take_up(loop)
     for line in differing(loop.engine.gather(versions())):
         if recorder:
             recorder.event("warning", what=line)

@@ -16,7 +16,7 @@ from tests.support.streams import Recorded, build_loop, commits, digests, same_a
 from treelora.adapters import adapter_parameters
 from treelora.loop import StreamLoop
 from treelora.methods.base import Method, TaskContext
-from treelora_platform.hooks import PlatformHooks, take_up
+from treelora_platform.hooks import PlatformHooks
 from treelora_platform.prepare import prepare_stream
 from treelora_platform.recorder import Recorder
 
@@ -78,9 +78,10 @@ def execute_with(method: Method, run_dir: Path, **changes: Any) -> StreamLoop:
         **({"method": "sequential", "lora": {"dropout": 0.1}, "evaluation": {"modes": ["last"]}} | changes),
     )
     recorder = Recorder(run_dir, list(prepare_stream(config).stream))
-    loop = build_loop(config, PlatformHooks(run_dir, config.checkpoint.keep, recorder, None))
+    hooks = PlatformHooks(run_dir, config.checkpoint.keep, recorder, None)
+    loop = build_loop(config, hooks)
     loop.method = method
-    take_up(loop, run_dir, recorder)
+    hooks.take_up(loop)
     loop.run()
     recorder.close()
     return loop

@@ -17,7 +17,7 @@ from treelora.loop import StreamLoop
 from treelora.loop_records import Position, StepRecord, TaskRecord
 from treelora_platform.assemble import assemble
 from treelora_platform.config import ExperimentConfig, parse_config
-from treelora_platform.hooks import PlatformHooks, take_up
+from treelora_platform.hooks import PlatformHooks
 from treelora_platform.prepare import prepare_stream
 from treelora_platform.recorder import Recorder
 
@@ -116,7 +116,7 @@ def build_run(config: ExperimentConfig, run_dir: Path) -> tuple[StreamLoop, Reco
     recorder = Recorder(run_dir, tasks)
     hooks = PlatformHooks(run_dir, config.checkpoint.keep, recorder, None)
     loop = build_loop(config, hooks)
-    hooks.saved = take_up(loop, run_dir, recorder)
+    hooks.take_up(loop)
     return loop, recorder
 
 

@@ -58,7 +58,7 @@ def unit_sketch(rng: np.random.Generator, config: MemoryConfig) -> np.ndarray:
 def make_stream(tasks: int = 4, steps: int = 12, seed: int = 0, **settings: Any) -> Stream:
     """A stream whose steps report losses, now and then a skipped one, in single and in double precision."""
     config = MemoryConfig(**{"layers": 3, "sketch_size": 6, "seed": seed} | settings)
-    rng, memory = np.random.default_rng(seed), TaskMemory(config)
+    rng, memory = np.random.default_rng(seed), TaskMemory(config, RUN)
     calls: list[Change] = []
     for number in range(tasks):
         task = f"task {number} «{seed}»"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tests.support.tree_calls import digest, make_stream, plain
+from tests.support.tree_calls import RUN, digest, make_stream, plain
 from treelora.errors import CheckpointError
 from treelora.memory import StepCall, TaskMemory
 from treelora_platform.tree_journal import (
@@ -71,7 +71,7 @@ def test_other_numbers_are_kept_as_doubles(kind):
 @pytest.mark.parametrize("settings", [{}, {"search": "full"}, {"noise": "pooled"}, {"max_arms": 2, "search": "random"}])
 def test_what_is_read_back_makes_the_same_memory(settings):
     stream = make_stream(seed=5, **settings)
-    memory = TaskMemory(stream.config)
+    memory = TaskMemory(stream.config, RUN)
     for call, answer in zip(stream.calls, stream.answers, strict=True):
         assert plain(apply(memory, decode(encode(call)))) == answer
     assert digest(memory.state_dict()) == stream.states[-1]

@@ -80,7 +80,7 @@ def test_earlier_workers_cant_touch_the_memory(again, tmp_path):
 
 
 def test_a_clients_openings_come_in_order(tmp_path):
-    keeper, memory = opened(STREAM, tmp_path, 7), TaskMemory(STREAM.config)
+    keeper, memory = opened(STREAM, tmp_path, 7), TaskMemory(STREAM.config, RUN)
     memory.begin_task("another", 3)
     state = memory.state_dict()
     keeper.open(STREAM.config, state, RUN, later(opening=2))
@@ -91,7 +91,7 @@ def test_a_clients_openings_come_in_order(tmp_path):
     keeper = TreeKeeper(str(tmp_path))
     assert digest(keeper.ask(Key(later(opening=2), 0), "state").answer) == digest(expected)
     keeper.open(STREAM.config, None, RUN, later(client="equal attempt: the later comer"))
-    assert keeper.state()["memory"] == TaskMemory(STREAM.config).state_dict()["memory"]
+    assert keeper.state()["memory"] == TaskMemory(STREAM.config, RUN).state_dict()["memory"]
 
 
 @pytest.mark.parametrize("done", range(N + 1))
