@@ -1,4 +1,4 @@
-"""Scoring of choices: `python benchmarks/evaluation.py`. Prints both sides of each ratio, in one run.
+"""Scoring of choices: `python -m benchmarks.evaluation`. Prints both sides of each ratio, in one run.
 
 Ours runs a row's prompt once for all its choices, and the output head where a choice's tokens stand. Against it, one
 full forward pass per (row, choice): all logits of every sequence, rows in file order, as many sequences at a time as
@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import footer, spread
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import footer, spread
 from treelora.evaluation.batching import evaluating, pad
 from treelora.evaluation.choice import score_choices
 from treelora.models.causal import load_model, load_tokenizer

@@ -1,4 +1,4 @@
-"""Seconds until something happens: `python benchmarks/startup.py`. Prints both sides of the ratio, in one run.
+"""Seconds until something happens: `python -m benchmarks.startup`. Prints both sides of the ratio, in one run.
 
 From the command `treelora run` to the end of the first optimizer step, over what nobody can do without: one fresh
 process that imports torch, transformers, peft, deepspeed and ray and loads the model and its tokenizer. Everything is
@@ -16,10 +16,10 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from measure import footer, spread
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import footer, spread
 from treelora_platform.config import ExperimentConfig, load_config
 from treelora_platform.prepare import run_folder
 from treelora_platform.run_tables import read_steps

@@ -1,4 +1,4 @@
-"""What a step costs: `python benchmarks/training.py`. Prints both sides of every ratio, all measured in one run.
+"""What a step costs: `python -m benchmarks.training`. Prints both sides of every ratio, all measured in one run.
 
 1. a step of `treelora` over the same step of `sequential`, on a task that has past tasks;
 2. tokens/s of the platform with one worker over a bare peft + torch loop that does the same arithmetic on the very same
@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import footer, spread
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import footer, spread
 from treelora_platform.config import ExperimentConfig, load_config
 from treelora_platform.prepare import cache_folder, prepare_stream, run_folder
 from treelora_platform.run_tables import read_steps

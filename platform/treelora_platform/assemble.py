@@ -91,7 +91,7 @@ def assemble(
     alignment = HeadAlignment(config.vision, config.seed) if config.images and config.vision.align else None
     return StreamLoop(
         engine,
-        _method(config, engine, make_memory),
+        make_method(config, engine, make_memory),
         units,
         Evaluator(engine, tests, options, reader),
         loop_options(config),
@@ -163,7 +163,8 @@ def _arms_within(options: TreeLoRAOptions, layers: int, tensors: Mapping[str, Te
     return arms
 
 
-def _method(config: ExperimentConfig, engine: Engine, make_memory: MakeMemory) -> Method:
+def make_method(config: ExperimentConfig, engine: Engine, make_memory: MakeMemory) -> Method:
+    """The method of an experiment."""
     if config.method == "treelora" and config.treelora.search == "official":
         return OfficialTreeLoRA(config.treelora, config.seed)
     if config.method == "treelora":

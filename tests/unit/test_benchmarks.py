@@ -1,0 +1,79 @@
+"""What benchmarks count and compare, at sizes of toys: FLOPs by hand, scores by another way, which steps are taken."""
+
+from argparse import Namespace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.evaluation import full_passes
+from benchmarks.measure import spread
+from benchmarks.shapes import Quiet, flops, train
+from benchmarks.training import Steps, sides
+from treelora.evaluation.choice import score_choices
+from treelora.models.tiny import tiny_model
+
+TOY = Namespace(shape="llama-tiny", rows=4, length=32, answer=4, tasks=2, steps=6, rank=2)
+
+
+def test_flops_by_hand() -> None:
+    """Two layers, 64 wide with a key head of 32: q and o 64x64, k and v 64x32, three of 64x128; rank 2 at q and v."""
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    adapters = 2 * (2 * (64 + 64) + 2 * (64 + 32))
+    layers = {
+        f"model.layers.{i}.{name}": torch.nn.Linear(a, b, bias=False)
+        for i in range(2)
+        for name, a, b in (
+            *(("q", 64, 64), ("o", 64, 64), ("k", 64, 32), ("v", 64, 32)),
+            *(("up", 64, 128), ("gate", 64, 128), ("down", 128, 64)),
+            *(("q.lora_A.x", 64, 2), ("q.lora_B.x", 2, 64), ("v.lora_A.x", 64, 2), ("v.lora_B.x", 2, 32)),
+        )
+    }
+    layers["lm_head"] = torch.nn.Linear(64, 256, bias=False)
+    engine: Any = SimpleNamespace(module=SimpleNamespace(named_modules=layers.items))
+    tokens, answers = 4 * 32, 4 * (4 + 1)
+    attention = 4 * 16 * 64 * 2 * tokens  # two products of 2 x 32 x 64 FLOPs a token and layer, half of them masked
+    expected = 4 * weights * tokens + 4 * 64 * 256 * answers + 6 * adapters * tokens + 3 * attention
+    assert flops(TOY, engine) == expected
+
+
+@pytest.mark.parametrize("method", ["sequential", "treelora"])
+def test_the_last_task_s_steps_are_measured(method: str) -> None:
+    steps, (tokens, work) = train(TOY, method, "torch", torch.device("cpu"))
+    assert [(step.task_index, step.step) for step in steps] == [(1, 4), (1, 5), (1, 6)]
+    assert tokens == TOY.rows * TOY.length == steps[0].tokens
+    assert work > 0
+    assert (steps[0].arms is not None) == (method == "treelora")
+
+
+def test_hooks_that_do_nothing_answer_everything() -> None:
+    quiet = Quiet()
+    assert quiet.commit(1, 2) is None
+    assert quiet.router_report([]) is None
+
+
+def test_full_passes_give_the_same_scores() -> None:
+    rng, model = np.random.default_rng(0), tiny_model(0).float()
+    prompts = [rng.integers(1, 200, n).tolist() for n in (3, 9, 5)]
+    choices = [[rng.integers(1, 200, n).tolist() for n in lengths] for lengths in ((1, 2), (3, 1, 2), (2, 2))]
+    ours = score_choices(model, prompts, choices, pad_id=0)
+    for at_once in (1, 3):
+        for one, other in zip(ours, full_passes(model, prompts, choices, 0, at_once), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_sides_take_turns(tmp_path: Any) -> None:
+    rounds = [[name for name, _ in sides("demo", [f"output_dir={tmp_path}"], number)] for number in range(3)]
+    assert len(set(map(tuple, rounds))) == 3
+    assert len({frozenset(names) for names in rounds}) == 1
+    configs = dict(sides("demo", [f"output_dir={tmp_path}"], 0))
+    assert (configs["treelora"].method, configs["treelora"].cluster.workers) == ("treelora", 1)
+    threads = {config.cluster.workers * config.cluster.cpus_per_worker for config in configs.values()}
+    assert threads == {2.0}
+
+
+def test_rates_and_spread() -> None:
+    assert Steps(np.array([1.0, 3.0]), np.array([10, 30])).rate == 10
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0], 1) == "3.0 (2.0 to 4.0)"
