@@ -91,14 +91,17 @@ class TreeBandit:
         # own = mu - e(n) of each node, kept because the literal bound reads it at siblings.
         self._own = np.full((layers, nodes + 1), -np.inf)
         self._best = np.tile(np.append(np.where(tree.left >= 0, tree.left, np.arange(nodes)), nodes), (layers, 1))
-        self._delta = np.concatenate([tree.delta.T / self.scale[:, None], np.zeros((layers, 1))], axis=1)
+        delta_LM = np.concatenate([tree.delta.T / self.scale[:, None], np.zeros((layers, 1))], axis=1)
+        self._delta = np.ascontiguousarray(delta_LM)
         self._paths = tree.paths()
         self._depth = int(tree.level.max())
         sibling = np.full(nodes + 1, nodes)
         inner = np.flatnonzero(tree.left >= 0)
         sibling[tree.left[inner]], sibling[tree.right[inner]] = tree.right[inner], tree.left[inner]
         self._sibling = sibling
+        self._is_left = np.append(np.isin(np.arange(nodes), tree.left), False)
         self._rows = np.arange(layers)
+        self._row_start = self._rows * (nodes + 1)
         self._log_horizon = math.log(max(horizon, 2))
 
     @property
@@ -134,33 +137,37 @@ class TreeBandit:
         _check_losses(losses, layer_axis=0)
         if self.noise == "pooled":
             self.squares[self._rows, arms] += (losses / self.scale) ** 2
-        rows, path_LP = self._rows[:, None], self._paths[arms]
-        # A path's nodes are distinct but for the padding, whose column is never read.
-        self.counts[rows, path_LP] += 1
-        self.sums[rows, path_LP] += (losses / self.scale)[:, None]
-        count_LP = self.counts[rows, path_LP]
-        own_LP = self.sums[rows, path_LP] / count_LP - self._explore(count_LP)
-        self._own[rows, path_LP] = own_LP
+        # A path's nodes are distinct but for the padding, whose column is never read. Flat places and levels first:
+        # a step is some twenty small operations, and numpy's indexing by two arrays would be most of its time.
+        path_PL = np.ascontiguousarray(self._paths[arms].T)
+        place_PL = path_PL + self._row_start
+        counts, sums, bounds = self.counts.reshape(-1), self.sums.reshape(-1), self.bounds.reshape(-1)
+        count_PL = counts.take(place_PL) + 1
+        sum_PL = sums.take(place_PL) + losses / self.scale
+        counts[place_PL], sums[place_PL] = count_PL, sum_PL
+        own_PL = sum_PL / count_PL - self._explore(count_PL, self.sigma)
+        if self.bound == "literal":
+            self._own.reshape(-1)[place_PL] = own_PL
         if self._renew_sigma():
             self._refresh()
             return
-        if path_LP.shape[1] == 1:
-            self.bounds[rows, path_LP] = own_LP
-            return
-        # bound_LP[:, p] for p >= 1 from the child on the path (p - 1) and its sibling.
-        sibling_LP = self._sibling[path_LP]
-        delta_LP = self._delta[rows, path_LP]
-        bound_LP = own_LP.copy()
+        # bound_PL[p] for p >= 1 from the child on the path (p - 1) and its sibling.
+        sibling_PL = self._sibling.take(path_PL[:-1])
+        beside_PL = bounds.take(sibling_PL + self._row_start)
+        bound_PL, delta_PL = own_PL.copy(), self._delta.reshape(-1).take(place_PL[1:])
         if self.bound == "literal":
-            child_LP = np.minimum(own_LP, self._own[rows, sibling_LP])
-            bound_LP[:, 1:] = child_LP[:, :-1] - delta_LP[:, 1:]
+            own_beside_PL = self._own.reshape(-1).take(sibling_PL + self._row_start)
+            bound_PL[1:] = np.minimum(own_PL[:-1], own_beside_PL) - delta_PL
         else:
-            beside_LP, floor_LP = self.bounds[rows, sibling_LP], own_LP - delta_LP
-            for p in range(1, path_LP.shape[1]):
-                child_L = np.minimum(bound_LP[:, p - 1], beside_LP[:, p - 1])
-                bound_LP[:, p] = np.maximum(child_L, floor_LP[:, p])
-        self.bounds[rows, path_LP] = bound_LP
-        self._point(rows, path_LP[:, 1:])
+            floor_PL, child_L = own_PL[1:] - delta_PL, bound_PL[0]
+            for bound_L, beside_L, floor_L in zip(bound_PL[1:], beside_PL, floor_PL, strict=True):
+                np.maximum(np.minimum(child_L, beside_L, out=bound_L), floor_L, out=bound_L)
+                child_L = bound_L
+        bounds[place_PL] = bound_PL
+        # every parent on the path points at its child with the lower bound; ties: the left one
+        below_PL = bound_PL[:-1]
+        stays_PL = (below_PL < beside_PL) | ((below_PL == beside_PL) & self._is_left.take(path_PL[:-1]))
+        self._best.reshape(-1)[place_PL[1:]] = np.where(stays_PL, path_PL[:-1], sibling_PL)
 
     def observe_all(self, losses: np.ndarray) -> None:
         """Record the losses [N, L] of every task: for the search "full". Raises: DataError."""
@@ -200,7 +207,7 @@ class TreeBandit:
             seen = count_LN[layer] > 0
             if seen.sum() >= 2:
                 mean = sum_LN[layer, seen] / count_LN[layer, seen]
-                explore = float((self._explore(count_LN)[layer, seen]).mean())
+                explore = float((self._explore(count_LN, self.sigma[:, None])[layer, seen]).mean())
                 spread = float(np.ptp(mean))
                 ratios[layer] = explore / spread if spread > 0 else np.inf
         return ratios
@@ -229,9 +236,8 @@ class TreeBandit:
             self.squares, self.sigma = np.array(squares, float), np.array(sigma, float)
         self._refresh()
 
-    def _explore(self, count: np.ndarray) -> np.ndarray:
-        """e(n) for counts [L, ...]; counts of 0 give what 1 would."""
-        sigma = self.sigma.reshape(-1, *[1] * (count.ndim - 1))
+    def _explore(self, count: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+        """e(n) for counts, with sigma that fits their shape; counts of 0 give what 1 would."""
         explore: np.ndarray = self.c * sigma * np.sqrt(self._log_horizon / np.maximum(count, 1))
         return explore
 
@@ -246,17 +252,11 @@ class TreeBandit:
         self.sigma = np.sqrt((1 + spread_LN.clip(min=0).sum(axis=1)) / (1 + freedom_L))
         return True
 
-    def _point(self, rows: np.ndarray, inner: np.ndarray) -> None:
-        """Let inner nodes (node M among them: padding) point at their child with the lowest bound."""
-        left = np.append(self.tree.left, self.tree.nodes)[inner]
-        right = np.append(self.tree.right, self.tree.nodes)[inner]
-        self._best[rows, inner] = np.where(self.bounds[rows, left] <= self.bounds[rows, right], left, right)
-
     def _refresh(self) -> None:
         """All bounds from counts and sums; the same arithmetic as `observe`, so the same bits."""
         count, seen = self.counts[:, :-1], self.counts[:, :-1] > 0
         divisor = np.maximum(count, 1)
-        own = self.sums[:, :-1] / divisor - self._explore(divisor)
+        own = self.sums[:, :-1] / divisor - self._explore(divisor, self.sigma[:, None])
         self._own[:, :-1] = np.where(seen, own, -np.inf)
         self.bounds[:] = self._own
         inner = np.flatnonzero(self.tree.left >= 0)
@@ -269,11 +269,13 @@ class TreeBandit:
                 bound = np.maximum(lowest, self._own[:, node] - self._delta[:, node])
             self.bounds[:, node] = np.where(seen[:, node], bound, -np.inf)
         if len(inner):
-            self._point(self._rows[:, None], np.broadcast_to(inner, (self.layers, len(inner))))
+            lower = self.bounds[:, self.tree.left[inner]] <= self.bounds[:, self.tree.right[inner]]
+            self._best[:, inner] = np.where(lower, self.tree.left[inner], self.tree.right[inner])
 
 
 def _check_losses(losses: np.ndarray, layer_axis: int) -> None:
-    bad = np.argwhere(~(np.isfinite(losses) & (losses >= 0)))
-    if len(bad):
+    sound = np.isfinite(losses) & (losses >= 0)
+    if not sound.all():
+        bad = np.argwhere(~sound)
         where = tuple(int(i) for i in bad[0])
         raise DataError(f"layer {where[layer_axis]}: loss {losses[where]} isn't a distance: drop steps that overflowed")
