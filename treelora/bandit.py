@@ -16,7 +16,7 @@ import numpy as np
 from treelora.errors import CheckpointError, ConfigError, DataError
 from treelora.options.tree import Bound, Noise
 from treelora.options.tree import MemorySearch as Search
-from treelora.sketch import PURPOSE_ARMS, keyed_bits
+from treelora.sketch_numpy import PURPOSE_ARMS, keyed_bits
 from treelora.tree import SignatureTree
 
 

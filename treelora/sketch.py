@@ -13,22 +13,26 @@ import torch
 from torch import Tensor
 
 from treelora.errors import ConfigError, DataError
+from treelora.sketch_numpy import (
+    PURPOSE_ARMS,
+    PURPOSE_OFFICIAL,
+    PURPOSE_PROBE,
+    PURPOSE_SKETCH,
+    keyed_bits,
+    layer_distances,
+)
 
-# One purpose, one stream: a seed that is shared by sketch, probe and random search must not correlate them.
-PURPOSE_SKETCH, PURPOSE_PROBE, PURPOSE_ARMS, PURPOSE_OFFICIAL = 1, 2, 3, 4
-
-
-def keyed_bits(seed: int, stream: int, count: int, *, purpose: int, block: int = 0) -> np.ndarray:
-    """uint64 [count] of a counter-based generator (Philox 4x64), a pure function of its arguments.
-
-    NumPy keeps Philox's raw stream fixed between versions and machines (NEP 19), which it doesn't promise for
-    the distributions on top of it; so only raw bits are used. `stream` is a layer or a task, `block` a step.
-    """
-    if not (0 <= seed < 2**64 and 0 <= stream < 2**64):
-        raise ConfigError(f"seed={seed}, stream={stream}: both must lie in [0, 2**64); choose another seed")
-    counter = np.array([0, 0, block, purpose], dtype=np.uint64)
-    key = np.array([seed, stream], dtype=np.uint64)
-    return np.asarray(np.random.Philox(counter=counter, key=key).random_raw(count), dtype=np.uint64)
+__all__ = [
+    "PURPOSE_ARMS",
+    "PURPOSE_OFFICIAL",
+    "PURPOSE_PROBE",
+    "PURPOSE_SKETCH",
+    "CountSketch",
+    "keyed_bits",
+    "layer_distances",
+    "normalise",
+    "residual",
+]
 
 
 class CountSketch:
@@ -130,10 +134,3 @@ def residual(sketch_LK: Tensor, signatures_NLK: Tensor, arms_L: Tensor | None = 
         signatures_NLK = signatures_NLK[arms_L.to(signatures_NLK.device), layers]
     difference = signatures_NLK.to(sketch_LK) - sketch_LK
     return difference.abs().sum(-1) / math.sqrt(sketch_LK.shape[-1])
-
-
-def layer_distances(sketch_LK: np.ndarray, signatures_NLK: np.ndarray) -> np.ndarray:
-    """[N, L] float64: `residual` to every task, in numpy, as tree and memory use it."""
-    difference = signatures_NLK.astype(np.float32) - np.asarray(sketch_LK, dtype=np.float32)
-    total: np.ndarray = np.abs(difference).sum(axis=-1, dtype=np.float64)
-    return total / math.sqrt(sketch_LK.shape[-1])

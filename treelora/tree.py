@@ -16,7 +16,7 @@ import numpy as np
 
 from treelora import tree_build, tree_check
 from treelora.errors import CheckpointError, DataError
-from treelora.sketch import layer_distances
+from treelora.sketch_numpy import layer_distances
 from treelora.tree_check import TreeKind
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from treelora.sketch import layer_distances
+from treelora.sketch_numpy import layer_distances
 
 SplitRule = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
