@@ -15,7 +15,7 @@ import numpy as np
 from treelora import tree_build
 from treelora.errors import CheckpointError, DataError
 from treelora.memory_records import Groups, MemoryConfig
-from treelora.sketch import layer_distances
+from treelora.sketch_numpy import layer_distances
 from treelora.tree import SignatureTree
 
 NORM_TOLERANCE = 1e-2
@@ -28,8 +28,11 @@ class Arms:
         self.config = config
         self.groups: Groups = ()
         self.masses_N = np.zeros(0)
-        self.sketches_NLK = np.zeros((0, config.layers, config.sketch_size), dtype=np.float32)
+        # Read-only, so that states and answers can hold it as it is: with many tasks it is most of the memory.
+        self.sketches_NLK = _frozen(np.zeros((0, config.layers, config.sketch_size), dtype=np.float32))
         self.tree: SignatureTree | None = None
+        # A tree never changes: its text is made once a task, not at each snapshot.
+        self._written_tree: tuple[SignatureTree | None, str | None] = (None, None)
         # Kept while N <= rebuild_limit; a derived value, not part of the state.
         self._distances_LNN = np.zeros((config.layers, 0, 0))
 
@@ -47,12 +50,14 @@ class Arms:
             self._merge(*closest_pair(self.sketches_NLK, self.masses_N))
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The arrays; groups and tree are JSON values in `record`."""
-        return {"sketches": self.sketches_NLK.copy(), "masses": self.masses_N.copy()}
+        """The arrays; groups and tree are JSON values in `record`. The sketches are read-only."""
+        return {"sketches": self.sketches_NLK, "masses": self.masses_N.copy()}
 
     def record(self) -> dict[str, Any]:
         """What of the state is JSON."""
-        return {"groups": self.groups, "tree": self.tree.to_json() if self.tree else None}
+        if self.tree is not self._written_tree[0]:
+            self._written_tree = self.tree, self.tree.to_json() if self.tree else None
+        return {"groups": self.groups, "tree": self._written_tree[1]}
 
     @classmethod
     def restored(
@@ -72,7 +77,10 @@ class Arms:
         arms.groups = groups
         for label, sketch in zip(arms.labels(tasks), sketches, strict=True):
             checked_sketch(config, label, sketch)
-        arms.sketches_NLK, arms.masses_N = sketches.astype(np.float32), masses.astype(np.float64)
+        arms.sketches_NLK, arms.masses_N = (
+            _frozen(sketches.astype(np.float32, copy=sketches.flags.writeable)),
+            masses.astype(np.float64),
+        )
         if groups:
             arms.tree = SignatureTree.from_json(record["tree"])
             if (arms.tree.tasks, arms.tree.layers) != shape[:2]:
@@ -82,7 +90,7 @@ class Arms:
     def _add(self, group: tuple[int, ...], sketch_LK: np.ndarray, mass: float) -> None:
         self.groups = (*self.groups, group)
         self.masses_N = np.append(self.masses_N, mass)
-        self.sketches_NLK = np.concatenate([self.sketches_NLK, sketch_LK[None]])
+        self.sketches_NLK = _frozen(np.concatenate([self.sketches_NLK, sketch_LK[None]]))
         config = self.config
         if self.tree is not None and len(self) > config.rebuild_limit:
             self._distances_LNN = np.zeros((config.layers, 0, 0))
@@ -103,7 +111,7 @@ class Arms:
         mass, group = float(self.masses_N[[i, j]].sum()), tuple(sorted(self.groups[i] + self.groups[j]))
         kept = np.delete(np.arange(len(self)), [i, j])
         self.groups = tuple(self.groups[arm] for arm in kept)
-        self.masses_N, self.sketches_NLK = self.masses_N[kept], self.sketches_NLK[kept]
+        self.masses_N, self.sketches_NLK = self.masses_N[kept], _frozen(self.sketches_NLK[kept])
         if self._distances_LNN.size:
             self._distances_LNN = self._distances_LNN[:, kept][:, :, kept]
         self.tree = self.tree.remove(j).remove(i) if self.tree is not None and len(kept) else None
@@ -151,3 +159,8 @@ def checked_sketch(config: MemoryConfig, task: str, sketch: np.ndarray) -> np.nd
             "pass it through treelora.sketch.normalise"
         )
     return sketch_LK
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array

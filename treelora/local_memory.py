@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ class LocalMemory:
     def begin_task(self, task: str, horizon: int) -> Past:
         """See `Memory`."""
         self._task = task
-        return self.memory.begin_task(task, horizon)
+        return _writable(self.memory.begin_task(task, horizon))
 
     def submit(self, step: int, observation: np.ndarray | None) -> None:
         """See `Memory`."""
@@ -42,7 +43,7 @@ class LocalMemory:
 
     def past(self) -> Past:
         """See `Memory`."""
-        return self.memory.past()
+        return _writable(self.memory.past())
 
     def describe(self) -> dict[str, Any]:
         """See `Memory`."""
@@ -65,6 +66,11 @@ def pack_state(state: Mapping[str, np.ndarray | str]) -> dict[str, Tensor]:
         else torch.from_numpy(np.array(value))
         for name, value in state.items()
     }
+
+
+def _writable(past: Past) -> Past:
+    # torch warns of arrays that can't be written to, and it's right: tensors on them could be
+    return replace(past, sketches=past.sketches.copy())
 
 
 def unpack_state(state: Mapping[str, Tensor]) -> dict[str, np.ndarray | str]:

@@ -68,8 +68,8 @@ class TaskMemory:
         return self.past()
 
     def past(self) -> Past:
-        """What is known of the tasks that have ended."""
-        return Past(self.arms.sketches_NLK.copy(), self.arms.groups, self.tree)
+        """What is known of the tasks that have ended; the sketches are read-only."""
+        return Past(self.arms.sketches_NLK, self.arms.groups, self.tree)
 
     def step(self, call: StepCall) -> Selection:
         """The arms of call.step. Raises: ProtocolError (run, task or step), DataError (bad observation)."""

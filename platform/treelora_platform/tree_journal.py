@@ -196,7 +196,7 @@ class JournalWriter:
         os.close(self._handle)
 
 
-def write_all(handle: int, data: bytes) -> None:
+def write_all(handle: int, data: bytes | memoryview) -> None:
     """`os.write` until everything is written. Raises: OSError."""
     view = memoryview(data)
     while view:

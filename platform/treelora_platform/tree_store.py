@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
+import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +41,13 @@ State = Mapping[str, np.ndarray | str]
 MAX_RECORDS = 1_000
 """Calls after which a snapshot is due: a fraction of a second of replay at 60 layers and 1,000 tasks."""
 MAX_BYTES = 64 * 2**20
+BYTES_A_RECORD = 40_000
+"""Of the snapshot: reading so many takes longer than replaying a call; a journal may be as long as that allows."""
 _SCRATCH = ".writing"
+_PIECE = 2**20
+"""Bytes from which on an array is written by itself."""
+_DTYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64", "|u1": "U8"}
+"""What a state is made of, as safetensors calls it."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,8 @@ class TreeStore:
     def due(self) -> bool:
         """Whether the journal has grown so long that a snapshot is worth its while."""
         assert self._writer
-        return self._writer.records >= MAX_RECORDS or self._writer.bytes >= max(MAX_BYTES, self._snapshot_bytes)
+        most = max(MAX_RECORDS, self._snapshot_bytes // BYTES_A_RECORD)
+        return self._writer.records >= most or self._writer.bytes >= max(MAX_BYTES, self._snapshot_bytes)
 
     def close(self) -> None:
         """Let go of the journal."""
@@ -118,16 +127,19 @@ class TreeStore:
     def _rotate(self, state: State, header: Header) -> None:
         try:
             self._make_folder()
-            data = _packed(state)
-            header = Header(**{**vars(header), "snapshot": hashlib.sha256(data).hexdigest()})
             journal, snapshot = self._journal(header.generation), self._state(header.generation)
-            written = [(_written(snapshot, data), snapshot), (_written(journal, header.encoded()), journal)]
-            for scratch, path in reversed(written):
-                os.replace(scratch, path)
+            pieces = list(_packed(state))
+            scratch = _written(snapshot, pieces)
+            checksum = hashlib.sha256()
+            for piece in pieces:
+                checksum.update(piece)
+            header = Header(**{**vars(header), "snapshot": checksum.hexdigest()})
+            os.replace(_written(journal, [header.encoded()]), journal)
+            os.replace(scratch, snapshot)
             _sync_folder(self.folder)
             self.close()
             self._writer = JournalWriter(journal)
-            self._generation, self._snapshot_bytes = header.generation, len(data)
+            self._generation, self._snapshot_bytes = header.generation, sum(len(piece) for piece in pieces)
             # the journals since the last good snapshot lead to this one: they stay until the next
             keep_from = self._snapshot if header.continues else header.generation
             self._snapshot = header.generation
@@ -208,13 +220,15 @@ class TreeStore:
     def _read_snapshot(self, header: Header) -> TaskMemory:
         path = self._state(header.generation)
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                checksum = hashlib.file_digest(file, "sha256").hexdigest()
+                size = file.tell()
         except FileNotFoundError:
             raise CheckpointError(f"{path}: missing") from None
-        if hashlib.sha256(data).hexdigest() != header.snapshot:
+        if checksum != header.snapshot:
             raise CheckpointError(f"{path}: differs from the checksum in its journal")
-        self._snapshot_bytes = len(data)
-        return TaskMemory.from_state_dict(_unpacked(path, data))
+        self._snapshot_bytes = size
+        return TaskMemory.from_state_dict(_unpacked(path))
 
     def _files(self) -> list[Path]:
         paths = [*self.folder.glob("*.journal"), *self.folder.glob("*.safetensors")]
@@ -232,28 +246,45 @@ def _never_answered(journal: Journal) -> bool:
     return not journal.header.continues and not journal.payloads and not journal.dropped
 
 
-def _packed(state: State) -> bytes:
+def _packed(state: State) -> Iterator[memoryview]:
+    """The state as a safetensors file, piece by piece: made whole, it would take its size twice."""
     arrays = {
         name: np.frombuffer(value.encode(), dtype=np.uint8) if isinstance(value, str) else np.ascontiguousarray(value)
         for name, value in state.items()
     }
-    return safetensors.numpy.save(arrays)
+    header, end = {}, 0
+    # the widest first, as the format's own writers do it: so each begins at a multiple of its width
+    for name, array in sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        span = [end, end := end + array.nbytes]
+        header[name] = {"dtype": _DTYPES[array.dtype.str], "shape": array.shape, "data_offsets": span}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    small = struct.pack("<Q", len(text)) + text
+    for name in header:
+        piece = arrays[name].reshape(-1).view(np.uint8).data
+        if len(piece) < _PIECE:
+            small += piece
+        else:
+            yield from (memoryview(small), piece)
+            small = b""
+    yield memoryview(small)
 
 
-def _unpacked(path: Path, data: bytes) -> dict[str, np.ndarray | str]:
+def _unpacked(path: Path) -> dict[str, np.ndarray | str]:
     try:
-        arrays = safetensors.numpy.load(data)
+        arrays = safetensors.numpy.load_file(path)
         return {name: array.tobytes().decode() if array.dtype == np.uint8 else array for name, array in arrays.items()}
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: can't be read ({type(error).__name__}: {error})") from error
 
 
-def _written(path: Path, data: bytes) -> Path:
+def _written(path: Path, pieces: Iterable[bytes | memoryview]) -> Path:
     """Write data, safe on disk, under a scratch name."""
     scratch = path.with_name(f".{path.name}{_SCRATCH}")
     handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        write_all(handle, data)
+        for piece in pieces:
+            write_all(handle, piece)
         os.fsync(handle)
     finally:
         os.close(handle)
