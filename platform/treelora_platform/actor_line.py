@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from treelora.errors import LostError, TreeLoRAError
 from treelora_platform.tree_keeper import Life, Reply
+from treelora_platform.tree_wire import unpack_reply
 
 TIMEOUT_S = 60.0
 MAX_DEATHS = 3
@@ -36,7 +37,9 @@ class Sent:
 
 
 class ActorLine:
-    """To an actor that answers `whoami` with its `Life`, and every other call with a `Reply`; calls may be repeated.
+    """To an actor that answers `whoami` with its `Life`, every other call with a `Reply`; calls may be repeated.
+
+    A reply may come as bytes, see `tree_wire`.
 
     Args:
         name: The actor's name.
@@ -120,7 +123,7 @@ class ActorLine:
     def _read(self, ref: Any, what: str) -> Reply | Life | None:
         """What came back; None where the call failed on its way. Raises: LostError, and what the actor raised."""
         try:
-            answer: Reply | Life = ray.get(ref)
+            answer: Reply | Life | bytes = ray.get(ref)
         except RayTaskError as error:
             cause = getattr(error, "cause", None)
             raise (cause if isinstance(cause, TreeLoRAError) else error) from None
@@ -129,7 +132,7 @@ class ActorLine:
             return None
         except RayError:
             return None
-        return answer
+        return unpack_reply(answer) if isinstance(answer, bytes) else answer
 
     def _meet(self, life: str, told: Life | None, what: str, began: float) -> bool:
         """Note which life of the actor has answered; whether it is a new one, which is told of."""

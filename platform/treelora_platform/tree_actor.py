@@ -22,6 +22,7 @@ from treelora.memory_records import Groups
 from treelora_platform.actor_line import TIMEOUT_S, ActorLine, Sent
 from treelora_platform.tree_journal import BeginTask, Change, EndTask, Term
 from treelora_platform.tree_keeper import Key, Question, TreeKeeper
+from treelora_platform.tree_wire import pack_call
 
 FOLDER = "tree-actor"
 """In the run's folder."""
@@ -99,7 +100,8 @@ class TreeClient:
         """See `Memory`."""
         self._settle()
         call = StepCall(self.run, self._task, step, observation)
-        self._pending = self._send(f"step {step} of {self._task!r}", call)
+        data = pack_call(Key(self._term, self._number + 1), call)
+        self._pending = self.line.send(f"step {step} of {self._task!r}", "step_in_bytes", data)
 
     def collect(self) -> tuple[np.ndarray, np.ndarray]:
         """See `Memory`."""
@@ -133,12 +135,9 @@ class TreeClient:
         self.line.call("opening the memory", "open", self.config, state, self.run, self._term)
         self._number = 0
 
-    def _send(self, what: str, change: Change) -> Sent:
-        return self.line.send(what, "change", Key(self._term, self._number + 1), change)
-
     def _change(self, what: str, change: Change) -> Any:
         self._settle()
-        answer = self.line.wait(self._send(what, change))
+        answer = self.line.call(what, "change", Key(self._term, self._number + 1), change)
         self._number += 1
         return answer
 

@@ -109,6 +109,12 @@ class TreeKeeper:
         self._expect(key.number - 1)
         return Reply(self._life.life, self._change(memory, change))
 
+    def step_in_bytes(self, call: bytes) -> bytes:
+        """`change` for a step, see `tree_wire`: a worker makes this call thousands of times."""
+        from treelora_platform import tree_wire  # it imports this module
+
+        return tree_wire.pack_reply(self.change(*tree_wire.unpack_call(call)))
+
     def ask(self, key: Key, what: Question) -> Reply:
         """`past`, `state_dict` or `describe` of the memory, after the change `key.number`."""
         memory = self._opened(key.term)
