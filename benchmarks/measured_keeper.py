@@ -1,0 +1,22 @@
+"""The tree actor with a scale under it. A file of its own, because its process imports what this imports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from treelora_platform.tree_keeper import TreeKeeper
+
+
+def resident() -> dict[str, float]:
+    """MiB of this process: now, of that its own (without memory shared with other processes), at its peak."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    kib = {line[0].rstrip(":"): float(line[1]) for line in lines if len(line) == 3 and line[2] == "kB"}
+    return {"now": kib["VmRSS"] / 1024, "own": kib["RssAnon"] / 1024, "peak": kib["VmHWM"] / 1024}
+
+
+class MeasuredKeeper(TreeKeeper):
+    """`TreeKeeper` that tells its size."""
+
+    def resident(self) -> dict[str, float]:
+        """See the function."""
+        return resident()
