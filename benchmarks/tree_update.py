@@ -6,8 +6,8 @@ Ours, on sketches of K numbers a layer:
 - rebuild: `SignatureTree.build` from scratch, which we do up to `rebuild_limit` arms only.
 
 Against: the tree that the released code rebuilds after every task, from the values of LoRA A, D numbers a layer, as
-`treelora.official_tree` reproduces it: the same tree by the same arithmetic, not the same lines of code. The check of its
-values for NaN is ours, so its time, a row of its own, is taken off before any ratio.
+`treelora.official_tree` reproduces it: the same tree by the same arithmetic, not the same lines of code. Its check for
+NaN is ours, so that time, a row of its own, is taken off before any ratio.
 
 The sides compute on different things, K against D numbers a layer. Our share in making K of D, the sketch of one task,
 is a row of its own, and part of the ratio of the last row.
@@ -34,7 +34,7 @@ from treelora.sketch import CountSketch, normalise
 from treelora.tree import SignatureTree
 
 WHAT = {
-    "update": "our update, by insertion",
+    "update": "our update: end_task",
     "sketch": "our sketch of one task",
     "rebuild": "our rebuild from scratch",
     "official": "the released code's rebuild",
