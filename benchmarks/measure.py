@@ -36,7 +36,7 @@ def machine() -> str:
 
 def versions() -> str:
     """Of Python, of what results depend on, and of the source."""
-    found = provenance.versions()
+    found = provenance.versions() | {"numpy": np.__version__}
     del found["hardware"]
     return ", ".join(f"{name} {version}" for name, version in found.items())
 

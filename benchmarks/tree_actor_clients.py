@@ -1,7 +1,7 @@
 """A thousand clients of a tree actor: `python -m benchmarks.tree_actor_clients`.
 
 A run has one client, its rank 0, and its own actor, a process of about 130 MB on its driver's node; so a thousand
-clients are a thousand runs, and the platform spreads their actors over as many drivers. That doesn't fit on one machine.
+clients are a thousand runs, and the platform spreads their actors over as many drivers. No machine has room for that.
 Here one process of the same kind keeps all their memories instead: a `House` of `TreeKeeper`s, each with its journal on
 disk, one thread for all, as a memory service for many runs would be. The clients are tasks of asyncio in a few other
 processes; they speak `TreeClient`'s protocol to the byte, and each waits for its answer before it asks again.

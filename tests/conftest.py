@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 TRACKING = "MLFLOW_TRACKING_URI"
-RAY = ("chaos", "faults", "nodes", "rerun", "run", "storage_s3", "submit", "sweep", "tree_actor")
+RAY = ("benchmarks_actor", "chaos", "faults", "nodes", "rerun", "run", "storage_s3", "submit", "sweep", "tree_actor")
 """Modules of `tests/orchestration` that start Ray; two at once would wait for each other."""
 
 
