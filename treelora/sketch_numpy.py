@@ -30,6 +30,15 @@ def keyed_bits(seed: int, stream: int, count: int, *, purpose: int, block: int =
 
 def layer_distances(sketch_LK: np.ndarray, signatures_NLK: np.ndarray) -> np.ndarray:
     """[N, L] float64: `residual` to every task, in numpy, as tree and memory use it."""
-    difference = signatures_NLK.astype(np.float32) - np.asarray(sketch_LK, dtype=np.float32)
-    total: np.ndarray = np.abs(difference).sum(axis=-1, dtype=np.float64)
-    return total / math.sqrt(sketch_LK.shape[-1])
+    signatures_NLK, sketch_LK = (np.asarray(array, dtype=np.float32) for array in (signatures_NLK, sketch_LK))
+    tasks, layers, size = signatures_NLK.shape
+    # by blocks, which stay in the processor's cache: at 10,000 tasks three more arrays as large as all sketches didn't.
+    # numpy adds up in buffers of 8192 numbers: where blocks end with one, the sums have the same bits as without blocks
+    step = 8192 // math.gcd(8192, layers * size)
+    step *= max(1, 2**18 // (step * layers * size))
+    total_NL = np.empty((tasks, layers))
+    for first in range(0, tasks, step):
+        difference = signatures_NLK[first : first + step] - sketch_LK
+        np.abs(difference, out=difference).sum(axis=-1, dtype=np.float64, out=total_NL[first : first + step])
+    total_NL /= math.sqrt(size)
+    return total_NL
