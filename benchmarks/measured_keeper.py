@@ -8,10 +8,10 @@ from treelora_platform.tree_keeper import TreeKeeper
 
 
 def resident() -> dict[str, float]:
-    """MiB of this process: now, of that its own (without memory shared with other processes), at its peak."""
+    """MiB of this process: now, of that Ray's object store, which all processes of the node share, and at the peak."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     kib = {line[0].rstrip(":"): float(line[1]) for line in lines if len(line) == 3 and line[2] == "kB"}
-    return {"now": kib["VmRSS"] / 1024, "own": kib["RssAnon"] / 1024, "peak": kib["VmHWM"] / 1024}
+    return {"resident": kib["VmRSS"] / 1024, "shared": kib["RssShmem"] / 1024, "peak": kib["VmHWM"] / 1024}
 
 
 class MeasuredKeeper(TreeKeeper):
@@ -20,3 +20,7 @@ class MeasuredKeeper(TreeKeeper):
     def resident(self) -> dict[str, float]:
         """See the function."""
         return resident()
+
+    def changes(self) -> int:
+        """Made since the memory was opened."""
+        return self._number
