@@ -44,13 +44,17 @@ SIDES = ("actor", "keeper", "memory")
 
 @dataclass
 class Measured:
-    """Of one N. seconds: of each call, by side; resident: see `measured_keeper`; calls: made, and counted there."""
+    """Of one N. seconds: of each call, by side; resident: see `measured_keeper`; calls: made, and counted there.
+
+    between: seconds of the calls between tasks, once each: the memory's opening, a task's end, the next one's begin.
+    """
 
     tasks: int
     depth: int
     seconds: dict[str, list[float]] = field(default_factory=lambda: {side: [] for side in SIDES})
     resident: dict[str, float] = field(default_factory=dict)
     calls: tuple[int, int] = (0, 0)
+    between: dict[str, float] = field(default_factory=dict)
 
 
 def main(argv: list[str] | None = None) -> list[Measured]:
@@ -84,13 +88,15 @@ def measure(
         state, depth = filled(config, tasks)
         actor = launch_tree_actor(f"bench-{tasks}", folder / f"actor-{tasks}", MeasuredKeeper)
         client = TreeClient(f"bench-{tasks}", config, "run")
-        client.load_state_dict(pack_state(state))
+        one = Measured(tasks, depth)
+        packed = pack_state(state)
+        clocked(one, "opening", client.load_state_dict, packed)
         keeper = TreeKeeper(str(folder / f"keeper-{tasks}"))
         keeper.open(config, state, "run")
         memory = TaskMemory.from_state_dict(state, run="run")
         for side in (client, keeper, memory):
             side.begin_task("new", rounds * calls)
-        found.append(Measured(tasks, depth))
+        found.append(one)
         subjects.append((actor, client, keeper, memory, state))
     for number in range(rounds):
         for size, (_, client, keeper, memory, _) in zip(found, subjects, strict=True):
@@ -103,12 +109,19 @@ def measure(
     for size, (actor, client, _, _, state) in zip(found, subjects, strict=True):
         size.calls = rounds * calls, ray.get(actor.changes.remote()) - 1
         # from now on the sketches are the actor's own; before, it held them where the client had put them
-        client.end_task("new", np.asarray(state["sketches"])[0], 1.0)
-        client.begin_task("next", 1)
+        clocked(size, "a task's end", client.end_task, "new", np.asarray(state["sketches"])[0], 1.0)
+        clocked(size, "the next one's begin", client.begin_task, "next", 1)
         size.resident = ray.get(actor.resident.remote())
         ray.kill(actor)
     ray.shutdown()
     return found
+
+
+def clocked(size: Measured, what: str, call: Callable[..., Any], *args: Any) -> None:
+    """Make a call that comes between tasks."""
+    began = time.perf_counter()
+    call(*args)
+    size.between[what] = time.perf_counter() - began
 
 
 def through(client: Any) -> Callable[[StepCall], Any]:
@@ -205,6 +218,7 @@ def report(config: MemoryConfig, found: list[Measured]) -> None:
             f"{size.tasks:,} tasks: {made:,} calls, the actor counts {counted:,}; {own:.0f} MiB, and ", end=""
         )
         console.print(f"{shared:.0f} MiB of Ray's object store mapped, {peak:.0f} MiB at the peak of both")
+        console.print("  " + ", ".join(f"{what} {taken:.2f} s" for what, taken in size.between.items()))
 
 
 if __name__ == "__main__":

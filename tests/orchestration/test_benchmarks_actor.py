@@ -8,6 +8,7 @@ def test_the_actor_makes_every_call_once(capsys):
     for one, tasks in zip(found, (4, 30), strict=True):
         assert (one.tasks, one.calls) == (tasks, (18, 18))
         assert {name: len(taken) for name, taken in one.seconds.items()} == dict.fromkeys(tree_actor.SIDES, 18)
+        assert list(one.between) == ["opening", "a task's end", "the next one's begin"]
         assert 0 <= one.resident["shared"] < one.resident["resident"] <= one.resident["peak"]
     assert "memory alone" in capsys.readouterr().out
 
