@@ -16,14 +16,15 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from treelora.errors import CheckpointError
 from treelora.loop_records import Position
+
+if TYPE_CHECKING:  # the driver looks for commits too, and a new run has none: it would wait for torch in vain
+    from torch import Tensor
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -46,6 +47,8 @@ def write_commit(run_dir: Path, commit: Commit, keep: int) -> Path:
     Raises:
         CheckpointError: the disk refuses; the earlier commits are intact.
     """
+    from safetensors.torch import save_file
+
     folder = run_dir / "checkpoints"
     position = commit.position
     name = (
@@ -109,6 +112,8 @@ def read_commit(folder: Path) -> Commit:
     Raises:
         CheckpointError: something is missing, altered, or of another format.
     """
+    from safetensors.torch import load_file
+
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from typing import Any, TypeVar
 
 import deepspeed
@@ -27,6 +29,25 @@ T = TypeVar("T")
 # A C++ extension that DeepSpeed would compile at first use, for half a minute and with a compiler that users may lack;
 # gloo moves the few megabytes of adapters well enough.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _import_muon() -> None:
+    # DeepSpeed asks whether our optimizer is its Muon, whose module calls torch.compile as it is imported: all of the
+    # compiler would be loaded with it, for two seconds.
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    except ImportError:
+        pass  # a DeepSpeed without Muon
+    finally:
+        del os.environ[_NO_COMPILER]
+        if before is not None:
+            os.environ[_NO_COMPILER] = before
+
+
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"
+_import_muon()
 
 
 def deepspeed_config(config: ExperimentConfig, world_size: int, trainable: int) -> dict[str, Any]:

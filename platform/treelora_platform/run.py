@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from treelora_platform.storage.driver import NoStorage, storage_of
 from treelora_platform.tracking_state import Status, order_tag
 
 RUN_JSON = "run.json"
-_NEEDED_SOON = ("torch", "mlflow.tracking", "ray.train.torch")
+_NEEDED_SOON = ("torch", "ray.train.torch")
 """Modules that take seconds to import, and that the driver needs when Ray has started."""
 
 
@@ -135,24 +136,32 @@ def _execute(
     from treelora_platform.closing import close_run
     from treelora_platform.cluster import connect, tree_actor
     from treelora_platform.progress import Watcher
-    from treelora_platform.tracking import for_others, resolve_tracking_uri, start_run
+    from treelora_platform.tracking import finish_run, for_others, resolve_tracking_uri, start_run
 
     run_dir = storage.run_dir
-    with console.status("starting Ray"):
-        connect(config, meanwhile=_NEEDED_SOON)
     commit, _ = newest_commit(run_dir)
     record = _record(config, prepared, read_run_json(run_dir))
     (run_dir / "config.yaml").write_text(config.as_yaml(), encoding="utf-8")
-    run_id = start_run(
-        config.tracking.uri,
-        config.tracking.experiment,
-        config.name,
-        config.in_use() | ({"sweep": dict(sweep)} if sweep else {}),
-        _tags(config, record, prepared),
-        parent_run_id,
-        run_dir=run_dir,
-        base=run_dir.parent,
-    )
+    with ThreadPoolExecutor(1, "mlflow") as aside:
+        opened = aside.submit(
+            start_run,
+            config.tracking.uri,
+            config.tracking.experiment,
+            config.name,
+            config.in_use() | ({"sweep": dict(sweep)} if sweep else {}),
+            _tags(config, record, prepared),
+            parent_run_id,
+            run_dir=run_dir,
+            base=run_dir.parent,
+        )
+        try:
+            with console.status("starting Ray"):
+                connect(config, meanwhile=_NEEDED_SOON)
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            finish_run(run_dir, config.tracking.uri, opened.result(), "KILLED" if interrupted else "FAILED")
+            raise
+    run_id = opened.result()
     record["mlflow_run_id"] = run_id
     _write_record(run_dir, record)
     job = {
