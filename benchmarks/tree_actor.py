@@ -4,23 +4,24 @@ For N = 8, 1,000 and 10,000 past tasks, L = 64 layers of K = 64 numbers, millise
 
 1. through the actor: `TreeClient.submit` and `collect`, one after the other, journal on, as a worker without overlap
    would wait for it;
-2. the same `TreeKeeper` in this process: the journal's share of it;
-3. the memory alone in this process: tree and bandit.
+2. as a worker does it: asked, `--compute` seconds of something else, then collected; the calls without that time;
+3. an empty call of as many bytes: what Ray takes of it on this machine;
+4. the same `TreeKeeper` in this process: record on disk, tree and bandit;
+5. the memory alone in this process: tree and bandit.
 
 The sizes take turns, so that a machine that speeds up or slows down treats them alike. N = 8 is the other side of each
 ratio. Memory is the actor process's, once a task has ended there and the next has begun.
 
-The trees are made directly, split at random shares of 1/4 to 3/4, so that they are deeper than what insertion grows.
+The trees are made, not grown: see `filled_memory`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,26 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.filled_memory import filled
 from benchmarks.measure import footer, spread
 from benchmarks.measured_keeper import MeasuredKeeper
 from treelora.local_memory import pack_state
 from treelora.memory import MemoryConfig, StepCall, TaskMemory
-from treelora.sketch_numpy import layer_distances
-from treelora.tree import SignatureTree
 from treelora_platform.cluster import connect
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.tree_keeper import TreeKeeper
 
-State = dict[str, np.ndarray | str]
-SIDES = ("actor", "keeper", "memory")
+SIDES = {
+    "actor": "actor",
+    "ahead": "actor, asked ahead",
+    "empty": "Ray alone",
+    "keeper": "keeper in process",
+    "memory": "memory alone",
+}
+SAME = ("actor", "keeper", "memory")
+"""Sides that make the same calls, and must give the same answers."""
+AHEAD = 8
+"""One call asked ahead for so many others."""
 
 
 @dataclass
@@ -65,17 +74,19 @@ def main(argv: list[str] | None = None) -> list[Measured]:
     parser.add_argument("--tasks", type=int, nargs="+", default=[8, 1000, 10000])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--calls", type=int, default=400, help="steps of each size in each round")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds of computing between two calls")
+    parser.add_argument(
+        "--compute", type=float, default=0.02, help="seconds that a step computes, for calls asked ahead"
+    )
     args = parser.parse_args(argv)
     config = MemoryConfig(layers=args.layers, sketch_size=args.sketch)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(config, args.tasks, args.rounds, args.calls, Path(folder), args.pause)
+        found = measure(config, args.tasks, args.rounds, args.calls, Path(folder), args.compute)
     report(config, found)
     return found
 
 
 def measure(
-    config: MemoryConfig, sizes: list[int], rounds: int, calls: int, folder: Path, pause: float = 0.0
+    config: MemoryConfig, sizes: list[int], rounds: int, calls: int, folder: Path, compute: float = 0.02
 ) -> list[Measured]:
     """Time the same calls on all sides of all sizes; the sides' answers must be equal to the bit."""
     connect(ExperimentConfig())
@@ -95,19 +106,23 @@ def measure(
         keeper.open(config, state, "run")
         memory = TaskMemory.from_state_dict(state, run="run")
         for side in (client, keeper, memory):
-            side.begin_task("new", rounds * calls)
+            side.begin_task("new", 2 * rounds * calls)
         found.append(one)
         subjects.append((actor, client, keeper, memory, state))
     for number in range(rounds):
-        for size, (_, client, keeper, memory, _) in zip(found, subjects, strict=True):
-            first = number * calls + 1
+        for size, (actor, client, keeper, memory, _) in zip(found, subjects, strict=True):
+            first, more = number * (calls + calls // AHEAD) + 1, calls // AHEAD
+            steps = (through(client), keeper.step, memory.step)
             answers = [
-                timed(side, first, calls, config, size.seconds[name], pause)
-                for name, side in zip(SIDES, (through(client), keeper.step, memory.step), strict=True)
+                timed(step, first, calls, config, size.seconds[name]) for name, step in zip(SAME, steps, strict=True)
             ]
-            assert answers[0] == answers[1] == answers[2], f"{size.tasks} tasks: the sides' answers differ"
+            rest = [timed(ahead(client, compute, size.seconds["ahead"]), first + calls, more, config, [])]
+            rest += [timed(step, first + calls, more, config, []) for step in steps[1:]]
+            same = answers[0] == answers[1] == answers[2] and rest[0] == rest[1] == rest[2]
+            assert same, f"{size.tasks} tasks: the sides' answers differ"
+            timed(lambda _, actor=actor: empty(actor), 1, calls, config, size.seconds["empty"])  # type: ignore[misc]
     for size, (actor, client, _, _, state) in zip(found, subjects, strict=True):
-        size.calls = rounds * calls, ray.get(actor.changes.remote()) - 1
+        size.calls = rounds * (calls + calls // AHEAD), ray.get(actor.changes.remote()) - 1
         # from now on the sketches are the actor's own; before, it held them where the client had put them
         clocked(size, "a task's end", client.end_task, "new", np.asarray(state["sketches"])[0], 1.0)
         clocked(size, "the next one's begin", client.begin_task, "next", 1)
@@ -134,61 +149,43 @@ def through(client: Any) -> Callable[[StepCall], Any]:
     return step
 
 
+def ahead(client: Any, compute: float, seconds: list[float]) -> Callable[[StepCall], Any]:
+    """A step as the loop makes it: the answer is collected when the model has computed."""
+
+    def step(call: StepCall) -> tuple[np.ndarray, np.ndarray]:
+        began = time.perf_counter()
+        client.submit(call.step, call.observation)
+        asked = time.perf_counter()
+        time.sleep(compute)
+        back = time.perf_counter()
+        answer: tuple[np.ndarray, np.ndarray] = client.collect()
+        seconds.append(time.perf_counter() - back + asked - began)
+        return answer
+
+    return step
+
+
+def empty(actor: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A call that does nothing."""
+    import ray
+
+    ray.get(actor.nothing.remote(bytes(400)))
+    return np.zeros(0), np.zeros(0)
+
+
 def timed(
-    step: Callable[[StepCall], Any], first: int, calls: int, config: MemoryConfig, seconds: list[float], pause: float
+    step: Callable[[StepCall], Any], first: int, calls: int, config: MemoryConfig, seconds: list[float]
 ) -> list[tuple[bytes, bytes]]:
     """Make the calls, note their seconds; arms and bounds of each."""
     rng, answers = np.random.default_rng(first), []
     for number in range(first, first + calls):
         call = StepCall("run", "new", number, None if number == 1 else rng.random(config.layers).astype(np.float32))
-        if pause:
-            time.sleep(pause)
         began = time.perf_counter()
         answer = step(call)
         seconds.append(time.perf_counter() - began)
         arms, lcb = answer if isinstance(answer, tuple) else (answer.arms, answer.lcb)
         answers.append((arms.tobytes(), lcb.tobytes()))
     return answers
-
-
-def filled(config: MemoryConfig, tasks: int) -> tuple[State, int]:
-    """State of a memory that knows so many tasks, and the depth of its tree; O(N L K log N)."""
-    rng = np.random.default_rng(0)
-    sketches = rng.normal(size=(tasks, config.layers, config.sketch_size)).astype(np.float32)
-    left, right, task = (np.full(2 * tasks - 1, -1) for _ in range(3))
-    spans: list[tuple[int, int]] = []
-    pending: list[tuple[int, int, int, int]] = [(0, tasks, -1, 0)]  # tasks of a node, parent, level
-    while pending:
-        low, high, parent, level = pending.pop()
-        node = len(spans)
-        spans.append((low, high))
-        if parent >= 0:
-            (left if node == parent + 1 else right)[parent] = node
-        if high - low == 1:
-            task[node] = low
-            continue
-        # what the tasks below have in common, less on each level
-        sketches[low:high] += 4 * 0.8**level * rng.normal(size=sketches.shape[1:]).astype(np.float32)
-        cut = low + max(1, min(high - low - 1, round((high - low) * rng.uniform(0.25, 0.75))))
-        pending += [(cut, high, node, level + 1), (low, cut, node, level + 1)]
-    sketches /= np.linalg.norm(sketches, axis=2, keepdims=True)
-    delta = np.zeros((len(spans), config.layers))
-    for node in np.flatnonzero(left >= 0)[::-1]:
-        low, high = spans[node]
-        # twice the radius bounds the diameter, by the triangle inequality
-        around = 2 * layer_distances(sketches[low:high].mean(axis=0), sketches[low:high]).max(axis=0)
-        delta[node] = np.maximum(around, np.maximum(delta[left[node]], delta[right[node]]))
-    tree = SignatureTree(left, right, task, delta)
-    record = {
-        "format": 2,
-        "config": asdict(config),
-        "tasks": [f"task {number}" for number in range(tasks)],
-        "groups": [[number] for number in range(tasks)],
-        "tree": tree.to_json(),
-        **{"run": None, "task": None, "horizon": 0, "step": 0},
-    }
-    arrays = {"recorded": sketches[-1], "sketches": sketches, "masses": np.ones(tasks)}
-    return {"memory": json.dumps(record), **arrays}, int(tree.level.max())
 
 
 def report(config: MemoryConfig, found: list[Measured]) -> None:
@@ -198,12 +195,12 @@ def report(config: MemoryConfig, found: list[Measured]) -> None:
     for column in ("past tasks", "depth", "side", "p50 (q1 to q3)", "p99", "max", f"p50 / at N = {found[0].tasks}"):
         table.add_column(column, justify="left" if column == "side" else "right")
     for size in found:
-        for side in SIDES:
+        for side, what in SIDES.items():
             seconds, least = size.seconds[side], float(np.median(found[0].seconds[side]))
             table.add_row(
                 f"{size.tasks:,}",
                 str(size.depth),
-                {"actor": "actor", "keeper": "keeper in process", "memory": "memory alone"}[side],
+                what,
                 spread(seconds, 3, 1000),
                 f"{1000 * np.quantile(seconds, 0.99):.3f}",
                 f"{1000 * max(seconds):.1f}",

@@ -24,8 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.filled_memory import State, filled
 from benchmarks.measure import footer
-from benchmarks.tree_actor import State, filled
 from treelora.memory import MemoryConfig, StepCall, TaskMemory
 from treelora_platform.cluster import connect
 from treelora_platform.config import ExperimentConfig

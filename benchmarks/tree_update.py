@@ -26,8 +26,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.filled_memory import filled
 from benchmarks.measure import footer, spread
-from benchmarks.tree_actor import filled
 from treelora.memory import MemoryConfig, TaskMemory
 from treelora.official_tree import OfficialTree
 from treelora.sketch import CountSketch, normalise

@@ -51,6 +51,7 @@ def launch_tree_actor(name: str, folder: Path | None = None, keeper: type[TreeKe
             num_cpus=0,
             max_restarts=-1,
             max_task_retries=0,
+            enable_task_events=False,  # a call a step would fill Ray's record of tasks
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
         )
         .remote(str(folder.absolute()) if folder else None)

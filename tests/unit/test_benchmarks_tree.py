@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import measure, tracking_rate, tree_actor, tree_update
+from benchmarks.filled_memory import filled
 from treelora import tree_check
 from treelora.memory import MemoryConfig, TaskMemory
 from treelora.sketch_numpy import layer_distances
@@ -27,7 +28,7 @@ def test_the_footer_names_machine_and_versions():
 @pytest.mark.parametrize("tasks", [1, 2, 8, 61])
 def test_a_filled_state_is_a_whole_memory_with_true_bounds(tasks):
     config = MemoryConfig(layers=3, sketch_size=5)
-    state, depth = tree_actor.filled(config, tasks)
+    state, depth = filled(config, tasks)
     memory = TaskMemory.from_state_dict(state)
     tree = memory.tree
     assert (tree.tasks, int(tree.level.max())) == (tasks, depth)
@@ -41,13 +42,13 @@ def test_a_filled_state_is_a_whole_memory_with_true_bounds(tasks):
 
 def test_timed_calls_are_all_made_and_equal_on_both_sides(tmp_path):
     config = MemoryConfig(layers=3, sketch_size=5)
-    state, _ = tree_actor.filled(config, 8)
+    state, _ = filled(config, 8)
     keeper, memory = TreeKeeper(str(tmp_path)), TaskMemory.from_state_dict(state, run="run")
     keeper.open(config, state, "run")
     seconds, answers = ([], []), []
     for side, own in zip((keeper, memory), seconds, strict=True):
         side.begin_task("new", 20)
-        answers.append([tree_actor.timed(side.step, first, 10, config, own, 0.0) for first in (1, 11)])
+        answers.append([tree_actor.timed(side.step, first, 10, config, own) for first in (1, 11)])
     assert answers[0] == answers[1]
     assert len(seconds[0]) == len(seconds[1]) == memory.describe()["step"] == 20
     assert memory.bandit.counts[:, 0].tolist() == [19] * 3
@@ -71,8 +72,8 @@ def test_the_update_benchmark_compares_whole_trees(capsys):
 
 def test_beyond_the_limit_the_update_is_an_insertion():
     config = MemoryConfig(layers=2, sketch_size=4, rebuild_limit=8)
-    before, _ = tree_actor.filled(config, 9)
-    after, _ = tree_actor.filled(config, 10)
+    before, _ = filled(config, 9)
+    after, _ = filled(config, 10)
     memory = TaskMemory.from_state_dict(before)
     old = memory.tree
     memory.begin_task("new", 5)
