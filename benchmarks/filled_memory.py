@@ -1,7 +1,7 @@
 """Memories that know many tasks, made in seconds: growing a tree of 10,000 tasks by insertion takes long.
 
-Trees are split at random shares of 1/4 to 3/4, so that they are deeper or as deep as what insertion grows: 14 levels against
-11 to 16 at 1,000 tasks, 20 at 10,000.
+Trees are split at random shares of 1/4 to 3/4, so that they are deeper or as deep as what insertion grows: 14 levels
+against 11 to 16 at 1,000 tasks, 20 at 10,000.
 """
 
 from __future__ import annotations
