@@ -38,7 +38,7 @@ def connect(config: ExperimentConfig, meanwhile: Sequence[str] = ()) -> None:
 
     Args:
         config: How many CPUs a Ray of our own needs.
-        meanwhile: Modules to import in a thread while Ray's processes start.
+        meanwhile: Modules to import in a thread while the processes of a Ray of our own start.
 
     Raises:
         TreeLoRAError: no cluster answers at that address.
@@ -51,7 +51,6 @@ def connect(config: ExperimentConfig, meanwhile: Sequence[str] = ()) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
         return
-    threading.Thread(target=lambda: [import_module(name) for name in meanwhile], daemon=True).start()
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _expect_answer(address)
@@ -63,6 +62,7 @@ def connect(config: ExperimentConfig, meanwhile: Sequence[str] = ()) -> None:
         return
     cluster = config.cluster
     cpus = max(os.cpu_count() or 1, round(cluster.workers * cluster.cpus_per_worker))
+    threading.Thread(target=lambda: [import_module(name) for name in meanwhile], daemon=True).start()
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     start_guardian()
     _hasten_train()
