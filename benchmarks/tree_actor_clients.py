@@ -92,7 +92,7 @@ class Crowd:
         while (sent := time.perf_counter()) < end:
             step += 1
             data = pack_call(Key(TERM, step + 1), StepCall(str(run), "new", step, seen(run, step, layers)))
-            refs = [house.step_in_bytes.remote(run, data) for _ in range(1 + (step % twice == 0))]
+            refs = [house.step_in_bytes.remote(run, data) for _ in range(1 + ((step + run) % twice == 0))]
             answers = [unpack_reply(await ref).answer for ref in refs]
             done = time.perf_counter()
             for answer in answers:

@@ -22,7 +22,7 @@ def test_clients_lose_and_double_nothing(capsys):
     for found, clients in ((one, 1), (many, 12)):
         assert (found.clients, found.lost, found.doubled, found.wrong) == (clients, 0, 0, 0)
         assert found.calls >= clients
-        assert found.sent_twice <= found.calls // 5
+        assert found.calls // 5 - clients <= found.sent_twice <= found.calls // 5 + clients
         assert 0 < found.p50 <= found.p99 <= found.longest
         assert 0 < found.jain <= 1
         assert found.served[0] <= found.rate * 1.5 / clients + 1e-9 <= found.served[1] + 1e-9
