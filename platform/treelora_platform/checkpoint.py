@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ def write_commit(run_dir: Path, commit: Commit, keep: int) -> Path:
             "format": FORMAT,
             "position": asdict(position),
             "bank": list(commit.adapters),
-            "adapters": {adapter: _sha256(_adapter_file(run_dir, adapter)) for adapter in commit.adapters},
+            "adapters": {adapter: _known_sha256(_adapter_file(run_dir, adapter)) for adapter in commit.adapters},
             "files": {path.name: _sha256(path) for path in sorted(scratch.iterdir())},
         }
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -180,6 +181,17 @@ def _newest_first(run_dir: Path) -> Iterator[Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _known_sha256(path: Path) -> str:
+    """Of a file that is read once, until another takes its place: hundreds of adapters would take minutes a commit."""
+    seen = path.stat()
+    return _sha256_as(path, seen.st_ino, seen.st_mtime_ns, seen.st_size)
+
+
+@lru_cache(maxsize=100_000)
+def _sha256_as(path: Path, inode: int, modified_ns: int, size: int) -> str:
+    return _sha256(path)
 
 
 def _sync(path: Path) -> None:

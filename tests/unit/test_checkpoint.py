@@ -20,6 +20,7 @@ from torch import Tensor
 from tests.support.streams import commits, same_adapter
 from treelora.errors import CheckpointError
 from treelora.loop_records import Position
+from treelora_platform import checkpoint
 from treelora_platform.checkpoint import (
     MANIFEST,
     Commit,
@@ -178,6 +179,29 @@ def test_an_adapter_shared_by_all_commits(run_dir: Path) -> None:
     flip(run_dir / "adapters" / ADAPTERS[0] / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"0000-first.adapter_model.safetensors: differs from the checksum"):
         newest_commit(run_dir)
+
+
+def test_an_adapter_is_read_once_until_another_takes_its_place(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def counted(path: Path) -> str:
+        read.append(path.parent.name)
+        return checksum(path)
+
+    checksum = checkpoint._sha256
+    monkeypatch.setattr(checkpoint, "_sha256", counted)
+    for step in (1, 2):
+        write_commit(run_dir, commit(global_step=step), keep=3)
+    assert [name for name in read if name in ADAPTERS] == list(ADAPTERS)
+
+    other = run_dir / "other"
+    save_file({"a": torch.full((3,), 7.0)}, other)
+    os.replace(other, run_dir / "adapters" / ADAPTERS[1] / "adapter_model.safetensors")
+    read.clear()
+    path = write_commit(run_dir, commit(global_step=3), keep=3)
+    assert [name for name in read if name in ADAPTERS] == [ADAPTERS[1]]
+    monkeypatch.undo()
+    assert read_commit(path).position.global_step == 3  # which reads and compares them all
 
 
 class Killed(BaseException):
