@@ -3,7 +3,7 @@
 1. a step of `treelora` over the same step of `sequential`, on a task that has past tasks;
 2. tokens/s of the platform with one worker over a bare peft + torch loop that does the same arithmetic on the very same
    batches: what Ray, DeepSpeed, tracking and the tree actor cost;
-3. tokens/s of the platform as it comes over the loop that one writes by hand: rows in an order of chance, padded to the
+3. tokens/s of the platform with rows of like length in a batch over the loop that one writes by hand: rows in an order of chance, padded to the
    longest, logits at every position;
 4. tokens/s of two workers with one thread each over one worker with two threads, same global batch;
 5. peak memory of `treelora` over that of `sequential`.
@@ -63,7 +63,7 @@ def main() -> None:
     found: dict[str, list[Steps]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         common = [*args.settings, f"output_dir={folder}", f"train.steps={args.steps}", "evaluation.modes=[last]"]
-        common += ["stream.test_rows=8", "checkpoint.every_steps=null"]
+        common += ["stream.test_rows=8", "checkpoint.every_steps=null", "train.group_by_length=true"]
         for number in range(args.rounds):
             for side, config in sides(args.recipe, common, number):
                 print(f"round {number + 1} of {args.rounds}: {side}", file=sys.stderr, flush=True)
