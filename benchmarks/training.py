@@ -3,8 +3,8 @@
 1. a step of `treelora` over the same step of `sequential`, on a task that has past tasks;
 2. tokens/s of the platform with one worker over a bare peft + torch loop that does the same arithmetic on the very same
    batches: what Ray, DeepSpeed, tracking and the tree actor cost;
-3. tokens/s of the platform with rows of like length in a batch over the loop that one writes by hand: rows in an order of chance, padded to the
-   longest, logits at every position;
+3. tokens/s of the platform with rows of like length in a batch over the loop that one writes by hand: rows in an order
+   of chance, padded to the longest, logits at every position;
 4. tokens/s of two workers with one thread each over one worker with two threads, same global batch;
 5. peak memory of `treelora` over that of `sequential`.
 
