@@ -14,6 +14,7 @@ from typing import Any
 
 from treelora.errors import LostError, TreeLoRAError
 from treelora_platform.checkpoint import newest_name
+from treelora_platform.cluster import free_placement_groups, owns_ray
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.placement import place, worker_resources
 from treelora_platform.preemption import PreemptedError
@@ -54,6 +55,7 @@ def fit(
     Raises:
         ConfigError: the cluster has no room for the workers.
     """
+    from ray.exceptions import RayError
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     if config.cluster.stall_seconds:
@@ -70,7 +72,9 @@ def fit(
         with _interruptible():
             try:
                 trainer.fit()
-            except TrainingFailedError as error:
+            except (TrainingFailedError, RayError) as error:  # Ray's: of the controller itself, with all its workers
+                if isinstance(error, RayError) and owns_ray():
+                    free_placement_groups()
                 if reason := _no_failure(error):
                     say(f"{reason}; beginning again from the last commit")
                     continue
@@ -100,9 +104,11 @@ def _trainer(config: ExperimentConfig, job: dict[str, Any], run_dir: Path, name:
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            # nothing of ours comes through Ray Data, whose manager would be one process more to start and wait for
+            # Processes that we need not start and wait for: nothing of ours comes through Ray Data, and the placement
+            # groups in a Ray of our own are freed by `fit`.
+            unneeded = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if owns_ray() else set())
             callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-            return [callback for callback in callbacks if type(callback).__name__ != "DatasetsCallback"]
+            return [callback for callback in callbacks if type(callback).__name__ not in unneeded]
 
     cluster = config.cluster
     return Trainer(
@@ -175,6 +181,8 @@ def explain(error: BaseException, stalled: list[str] | None = None) -> str:
         error: What Ray Train raised.
         stalled: What watchdogs said before they ended their workers.
     """
+    from ray.exceptions import RayError
+
     if own := ours(error):
         return str(own)
     if stalled:
@@ -188,4 +196,6 @@ def explain(error: BaseException, stalled: list[str] | None = None) -> str:
             last = f"{last} ({DISK_FULL})"
         return f"worker {rank} failed: {last}" + (f"\n{text}" if "\n" in text else "")
     text = str(getattr(error, "controller_failure", None) or error).strip()
+    if isinstance(error, RayError):
+        return f"Ray Train's controller was lost: {text.splitlines()[0]}\n{text}"
     return f"the workers could not be started: {text.splitlines()[-1]}\n{text}" if text else "training failed"

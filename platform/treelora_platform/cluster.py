@@ -17,6 +17,7 @@ from treelora_platform.guardian import start_guardian
 
 CONNECT_TIMEOUT_S = 10.0
 _log = logging.getLogger(__name__)
+_own = threading.Event()
 
 # Read by Ray at import and handed on to its processes.
 _ENVIRONMENT = {
@@ -29,6 +30,9 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables; a sweep prints its own
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # every report of a trial as CSV, JSON and TensorBoard
 }
+# Of a Ray of our own only: no machine of it can be taken away, nobody collects its metrics. Each idle process of Ray's
+# wakes some 150 times a second, and where workers use all cores, they wait for it (`benchmarks.training`).
+_ENVIRONMENT_ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
 # Ray's own messages would break the progress display; errors reach the user through our exceptions.
 _QUIET = ("ray", "ray.train", "ray.tune", "ray.data")
 
@@ -43,7 +47,8 @@ def connect(config: ExperimentConfig, meanwhile: Sequence[str] = ()) -> None:
     Raises:
         TreeLoRAError: no cluster answers at that address.
     """
-    for key, value in _ENVIRONMENT.items():
+    address = os.environ.get("RAY_ADDRESS")
+    for key, value in (_ENVIRONMENT if address else _ENVIRONMENT | _ENVIRONMENT_ALONE).items():
         os.environ.setdefault(key, value)
     import ray
 
@@ -51,7 +56,6 @@ def connect(config: ExperimentConfig, meanwhile: Sequence[str] = ()) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
     if address:
         _expect_answer(address)
         try:
@@ -64,8 +68,24 @@ def connect(config: ExperimentConfig, meanwhile: Sequence[str] = ()) -> None:
     cpus = max(os.cpu_count() or 1, round(cluster.workers * cluster.cpus_per_worker))
     threading.Thread(target=lambda: [import_module(name) for name in meanwhile], daemon=True).start()
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    _own.set()
     start_guardian()
     _hasten_train()
+
+
+def owns_ray() -> bool:
+    """Whether this process has started the Ray that it uses, which then ends with it."""
+    return _own.is_set()
+
+
+def free_placement_groups() -> None:
+    """Give back what a lost controller of Ray Train has reserved; in a Ray of our own nothing else reserves."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    for name, group in placement_group_table().items():
+        if group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 def _hasten_train() -> None:

@@ -32,6 +32,16 @@ def test_a_frozen_worker_is_left_behind(expected: Result, console: Console, tmp_
     assert not psutil.pid_exists(frozen[0])
 
 
+def test_a_lost_controller_is_replaced(expected: Result, console: Console, tmp_path: Path) -> None:
+    step = random.randrange(3, 3 * STEPS)
+    with striking(tmp_path / "tiny", step, title="ray::TrainController"):
+        outcome = run_experiment(config_in(tmp_path), console)
+    begins = [event["global_step"] for event in events(outcome.run_dir, "begin")]
+    assert len(begins) == 2, f"lost after step {step}: {begins}"
+    assert Result.of(outcome.run_dir) == expected, f"lost after step {step}, resumed after {begins[1]}"
+    assert points(outcome.run_dir) == list(range(1, 3 * STEPS + 1))
+
+
 @pytest.mark.slow
 def test_a_worker_that_stays_frozen_is_named(console: Console, tmp_path: Path) -> None:
     config = config_in(tmp_path, cluster={"workers": 2, "stall_seconds": STALL_S, "max_failures": 0})

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.support.ray_cluster import RAY, RayCluster, RayNode, ray_cluster
@@ -43,12 +45,29 @@ def running(on: RayCluster, folder: Path, **changes: Any) -> Iterator[subprocess
         driver.wait()
 
 
+def workers_on(node: RayNode) -> list[psutil.Process]:
+    return [process for process in node.family() if any(TRAIN_WORKER in part for part in command(process))]
+
+
 def worked_on(cluster: RayCluster) -> RayNode:
     """A node that is not the head and that has a worker."""
     for node in cluster.nodes[1:]:
-        if any(TRAIN_WORKER in part for process in node.family() for part in command(process)):
+        if workers_on(node):
             return node
     raise AssertionError("no node but the head has a worker")
+
+
+@contextmanager
+def halted(cluster: RayCluster) -> Iterator[None]:
+    """Its workers stand still."""
+    workers = [worker for node in cluster.nodes for worker in workers_on(node)]
+    for worker in workers:
+        worker.suspend()
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.resume()
 
 
 def after_steps(run_dir: Path, count: int, driver: subprocess.Popen[bytes]) -> None:
@@ -75,14 +94,16 @@ def test_a_notice_of_preemption_costs_no_step(cluster: RayCluster, expected: Res
     # commits at the ends of tasks only: what is there in between is the notice's
     with running(cluster, tmp_path, checkpoint={"every_steps": None, "keep": 2}) as driver:
         after_steps(run_dir, 2, driver)
-        node = worked_on(cluster)
-        subprocess.run(
-            [RAY, "drain-node", "--address", cluster.gcs_address, "--node-id", node.node_id, "--reason",
-             "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds", "120"],
-            env=cluster.client_environment,
-            check=True,
-            capture_output=True,
-        )  # fmt: skip
+        with halted(cluster):  # the whole run takes less time than giving notice, which Train looks for every 5 s
+            node = worked_on(cluster)
+            subprocess.run(
+                [RAY, "drain-node", "--address", cluster.gcs_address, "--node-id", node.node_id, "--reason",
+                 "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds", "120"],
+                env=cluster.client_environment,
+                check=True,
+                capture_output=True,
+            )  # fmt: skip
+            time.sleep(6)
         said = ended(driver, tmp_path)
     assert "a machine was taken away; beginning again from the last commit" in " ".join(said.split())
     begins = [event["global_step"] for event in events(run_dir, "begin")]

@@ -81,9 +81,9 @@ def points(run_dir: Path, metric: str = "loss") -> list[int]:
     return [point.step for point in client.get_metric_history(read_run_json(run_dir)["mlflow_run_id"], name)]
 
 
-def train_workers() -> list[psutil.Process]:
-    """The train workers under this process."""
-    return [p for p in psutil.Process().children(recursive=True) if any(TRAIN_WORKER in part for part in command(p))]
+def ray_processes(title: str = TRAIN_WORKER) -> list[psutil.Process]:
+    """The processes under this one that Ray has given such a title."""
+    return [p for p in psutil.Process().children(recursive=True) if any(title in part for part in command(p))]
 
 
 def command(process: psutil.Process) -> list[str]:
@@ -95,14 +95,14 @@ def command(process: psutil.Process) -> list[str]:
 
 @contextmanager
 def striking(
-    run_dir: Path, step: int, strike: Callable[[psutil.Process], None] = psutil.Process.kill
+    run_dir: Path, step: int, strike: Callable[[psutil.Process], None] = psutil.Process.kill, title: str = TRAIN_WORKER
 ) -> Iterator[list[int]]:
-    """Strikes one train worker as soon as a step is done; yields the pids of the struck."""
+    """Strikes one train worker, or what has that title, as soon as a step is done; yields the pids of the struck."""
     struck: list[int] = []
 
     def watch() -> None:
         wait_for(lambda: [e for e in events(run_dir, "step") if e["step"] + STEPS * e["unit"] >= step], 300, "step")
-        victim = random.choice(train_workers())
+        victim = random.choice(ray_processes(title))
         struck.append(victim.pid)
         strike(victim)
 

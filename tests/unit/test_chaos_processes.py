@@ -18,11 +18,12 @@ from treelora.errors import ConfigError
 from treelora_platform.chaos.inject import Scene, strike
 from treelora_platform.chaos.processes import (
     MARK,
+    TREE_ACTOR,
     Family,
     is_alive,
     title,
+    titled,
     train_workers,
-    tree_actors,
 )
 from treelora_platform.chaos.schedule import Fault
 from treelora_platform.chaos.site import LocalSite
@@ -132,7 +133,7 @@ def test_roles_are_told_by_titles(start: Start, tmp_path: Path) -> None:
     stage, found = scene(start, tmp_path)
     processes = stage.processes()
     assert [process.pid for process in train_workers(processes, tmp_path)] == [found["rank 0"].pid, found["rank 1"].pid]
-    assert [process.pid for process in tree_actors(processes)] == [found["actor"].pid]
+    assert [process.pid for process in titled(processes, TREE_ACTOR)] == [found["actor"].pid]
     assert title(psutil.Process(found["actor"].pid)).startswith("ray::TreeKeeper.change -c")
 
 

@@ -10,7 +10,7 @@ from treelora_platform.chaos.outline import Event, Outline
 from treelora_platform.chaos.schedule import Fault, Kind
 
 _PROGRESS = ("step", "scored", "commit")
-_RESTARTS: tuple[Kind, ...] = ("worker", "driver", "stop", "stall", "head", "node")
+_RESTARTS: tuple[Kind, ...] = ("worker", "driver", "stop", "stall", "controller", "head", "node")
 """What the workers can't but begin again after; a tree actor may come back by itself."""
 _LOOK_AHEAD = 3
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from treelora_platform.chaos.processes import Family, heads, train_workers, tree_actors
+from treelora_platform.chaos.processes import CONTROLLER, TREE_ACTOR, Family, heads, titled, train_workers
 from treelora_platform.chaos.schedule import Fault, Kind
 from treelora_platform.chaos.server import TrackingServer
 from treelora_platform.chaos.site import Site
@@ -61,7 +61,8 @@ def _server(fault: Fault, scene: Scene) -> list[int]:
 _STRIKES: dict[Kind, Callable[[Fault, Scene], Sequence[int]]] = {
     "worker": lambda fault, scene: _one(scene.workers(), fault.choice, signal.SIGKILL),
     "stall": lambda fault, scene: _one(scene.workers(), fault.choice, signal.SIGSTOP),
-    "tree-actor": lambda fault, scene: _one(tree_actors(scene.processes()), fault.choice, signal.SIGKILL),
+    "tree-actor": lambda fault, scene: _one(titled(scene.processes(), TREE_ACTOR), fault.choice, signal.SIGKILL),
+    "controller": lambda fault, scene: _one(titled(scene.processes(), CONTROLLER), fault.choice, signal.SIGKILL),
     "driver": lambda fault, scene: _one(_driver(scene), fault.choice, signal.SIGKILL),
     "stop": lambda fault, scene: _one(_driver(scene), fault.choice, signal.SIGTERM),
     "head": lambda fault, scene: _one(heads(scene.processes())[-1:], fault.choice, signal.SIGKILL),

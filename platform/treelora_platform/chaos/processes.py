@@ -12,7 +12,7 @@ import psutil
 
 MARK = "TREELORA_CHAOS"
 """Environment variable that a driver's descendants inherit."""
-TRAIN_WORKER, TREE_ACTOR = "ray::RayTrainWorker", "ray::TreeKeeper"
+TRAIN_WORKER, TREE_ACTOR, CONTROLLER = "ray::RayTrainWorker", "ray::TreeKeeper", "ray::TrainController"
 """How Ray titles its processes, after the class; what is being called may follow."""
 HEAD = "gcs_server"
 _SHM = Path("/dev/shm")
@@ -127,13 +127,13 @@ def title(process: psutil.Process) -> str:
 
 def train_workers(processes: Iterable[psutil.Process], run_dir: Path) -> list[psutil.Process]:
     """Train workers, rank 0 first: it is the one that has the run's events open."""
-    workers = [process for process in processes if title(process).startswith(TRAIN_WORKER) and is_alive(process)]
-    return sorted(workers, key=lambda process: (not _writes(process, run_dir / "events.jsonl"), process.pid))
+    events = run_dir / "events.jsonl"
+    return sorted(titled(processes, TRAIN_WORKER), key=lambda process: (not _writes(process, events), process.pid))
 
 
-def tree_actors(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """The process of the tree actor, if it is there."""
-    return [process for process in processes if title(process).startswith(TREE_ACTOR) and is_alive(process)]
+def titled(processes: Iterable[psutil.Process], start: str) -> list[psutil.Process]:
+    """Those that Ray has given a title that begins so, such as `TREE_ACTOR`."""
+    return [process for process in processes if title(process).startswith(start) and is_alive(process)]
 
 
 def heads(processes: Iterable[psutil.Process]) -> list[psutil.Process]:

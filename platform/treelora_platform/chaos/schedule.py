@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from treelora.errors import ConfigError
 from treelora_platform.chaos.outline import MOMENTS, Moment, Outline
 
-Kind = Literal["worker", "driver", "tree-actor", "mlflow", "stop", "stall", "head", "node"]
+Kind = Literal["worker", "driver", "tree-actor", "mlflow", "stop", "stall", "controller", "head", "node"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DEFAULT_KINDS: tuple[Kind, ...] = ("worker", "driver", "tree-actor", "mlflow", "stop")
 MEANING: dict[Kind, str] = {
@@ -24,6 +24,7 @@ MEANING: dict[Kind, str] = {
     "mlflow": "SIGKILL of the MLflow server, back some seconds later",
     "stop": "SIGTERM of the driver, then the same command again",
     "stall": "SIGSTOP of a train worker",
+    "controller": "SIGKILL of Ray Train's controller",
     "head": "SIGKILL of Ray's head, then the driver's command again",
     "node": "SIGKILL of a node of the cluster",
 }
@@ -38,6 +39,7 @@ _WINDOWS: dict[Kind, tuple[Moment, ...]] = {
     "mlflow": ("start", "step", "commit", "scoring", "closing"),
     "stop": _ANYWHERE,
     "stall": _AT_WORK,
+    "controller": _AT_WORK,
     "head": _AT_WORK,
     "node": _AT_WORK,
 }
