@@ -43,7 +43,7 @@ def main() -> None:
     tokenizer = load_tokenizer(config.model.name)
     model = load_model(ModelSpec(config.model.name, args.dtype))
     tasks = list(prepare_stream(config).stream)
-    _, tests = text_data(config, tasks, tokenizer, cache_folder(config) / "tokens")
+    _, tests = text_data(config, tasks, tokenizer, cache_folder(config) / "tokens", model)
     table = Table(title="scoring: rows a second, medians (and quartiles)", caption=footer(), caption_justify="left")
     columns = "task", "choices", "ours", "a pass a choice", "ratio", "one at a time", "ratio", "same answers", "apart"
     for column in columns:

@@ -3,13 +3,15 @@
 1. a step of `treelora` over the same step of `sequential`, on a task that has past tasks;
 2. tokens/s of the platform with one worker over a bare peft + torch loop that does the same arithmetic on the very same
    batches: what Ray, DeepSpeed, tracking and the tree actor cost;
-3. tokens/s of the platform with rows of like length in a batch over the loop that one writes by hand: rows in an order
-   of chance, padded to the longest, logits at every position;
+3. tokens/s of the platform over the loop that one writes by hand: rows padded to the longest, logits at every position;
 4. tokens/s of two workers with one thread each over one worker with two threads, same global batch;
-5. peak memory of `treelora` over that of `sequential`.
+5. peak memory of `treelora` over that of `sequential`;
+6. the same bare loop alone over itself beside a Ray that has nothing to do: what the processes cost that any use of Ray
+   Train starts, where threads use all cores.
 
-Padding doesn't count as tokens. The sides take turns, so that a machine that speeds up or slows down treats all alike;
-the first steps of a task are left out. A step's time is from the end of one step to the end of the next.
+And the padding of both kinds of batch. Padding doesn't count as tokens. The sides take turns, so that a machine that
+speeds up or slows down treats all alike; the first steps of a task are left out. A step's time is from the end of one
+step to the end of the next.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.idle_ray import idle_ray
 from benchmarks.measure import footer, spread
 from treelora_platform.config import ExperimentConfig, load_config
 from treelora_platform.prepare import cache_folder, prepare_stream, run_folder
@@ -40,11 +44,12 @@ SKIPPED = 3
 
 @dataclass
 class Steps:
-    """Steps of one side in one round: seconds and tokens of each, and the process' peak memory in MB."""
+    """Steps of one side in one round: seconds and tokens of each, peak memory in MB, share of padding."""
 
     seconds: np.ndarray
     tokens: np.ndarray
     memory: float = float("nan")
+    padding: float = float("nan")
 
     @property
     def rate(self) -> float:
@@ -63,11 +68,12 @@ def main() -> None:
     found: dict[str, list[Steps]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         common = [*args.settings, f"output_dir={folder}", f"train.steps={args.steps}", "evaluation.modes=[last]"]
-        common += ["stream.test_rows=8", "checkpoint.every_steps=null", "train.group_by_length=true"]
+        common += ["stream.test_rows=8", "checkpoint.every_steps=null"]
         for number in range(args.rounds):
             for side, config in sides(args.recipe, common, number):
                 print(f"round {number + 1} of {args.rounds}: {side}", file=sys.stderr, flush=True)
-                found[side].append(bare(config, side) if side.startswith("bare") else platform(args.recipe, config))
+                with idle_ray() if side.endswith("beside Ray") else nullcontext():
+                    found[side].append(bare(config, side) if side.startswith("bare") else platform(config))
     report(found)
 
 
@@ -79,6 +85,7 @@ def sides(recipe: str, common: list[str], number: int) -> Iterator[tuple[str, Ex
         "sequential": ["method=sequential", *one],
         "treelora": ["method=treelora", *one],
         "bare, by hand": ["method=sequential", *one],
+        "bare, beside Ray": ["method=sequential", *one],
         "two workers": ["method=sequential", *two],
         "treelora, two workers": ["method=treelora", *two],
     }
@@ -88,7 +95,7 @@ def sides(recipe: str, common: list[str], number: int) -> Iterator[tuple[str, Ex
         yield name, load_config(f"jobs/configs/{recipe}.yaml", [*common, *wanted[name], f"name={slug}-{number}"])
 
 
-def platform(recipe: str, config: ExperimentConfig) -> Steps:
+def platform(config: ExperimentConfig) -> Steps:
     """The second task's steps of a run by the command that everybody uses."""
     file = Path(config.output_dir) / f"{config.name}.yaml"
     file.write_text(config.as_yaml(), encoding="utf-8")
@@ -108,9 +115,9 @@ def bare(config: ExperimentConfig, side: str) -> Steps:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_bare, args=(sender, config.as_dict(), side))
     process.start()
-    seconds, tokens = receiver.recv()
+    seconds, tokens, padding = receiver.recv()
     process.join()
-    return Steps(np.array(seconds), np.array(tokens))
+    return Steps(np.array(seconds), np.array(tokens), padding=padding)
 
 
 def _bare(sender: Any, plain: dict[str, Any], side: str) -> None:
@@ -124,7 +131,6 @@ def _bare(sender: Any, plain: dict[str, Any], side: str) -> None:
     from treelora_platform.stream_data import text_data
 
     by_hand = side == "bare, by hand"
-    plain["train"]["group_by_length"] &= not by_hand
     config = parse_config(plain)
     torch.set_num_threads(round(config.cluster.cpus_per_worker))
     model = load_model(ModelSpec(config.model.name, config.model.dtype))
@@ -136,8 +142,8 @@ def _bare(sender: Any, plain: dict[str, Any], side: str) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.train.learning_rate)
     tasks = list(prepare_stream(config).stream)
-    units, _ = text_data(config, tasks, load_tokenizer(config.model.name), cache_folder(config) / "tokens")
-    unit, seconds, tokens = units[1], [], []
+    units, _ = text_data(config, tasks, load_tokenizer(config.model.name), cache_folder(config) / "tokens", model)
+    unit, seconds, tokens, places = units[1], [], [], 0
     names = ("input_ids", "attention_mask", "position_ids", "labels")
     model.train()
     begin = time.perf_counter()
@@ -154,9 +160,11 @@ def _bare(sender: Any, plain: dict[str, Any], side: str) -> None:
         loss.item()
         end = time.perf_counter()
         seconds.append(end - begin)
+        rows = batch if by_hand or not batch["packed"] else batch["packed"]
+        places += rows["input_ids"].numel() if step >= SKIPPED else 0
         tokens.append(unit.tokens(step))
         begin = end
-    sender.send((seconds[SKIPPED:], tokens[SKIPPED:]))
+    sender.send((seconds[SKIPPED:], tokens[SKIPPED:], 1 - sum(tokens[SKIPPED:]) / places))
 
 
 def report(found: dict[str, list[Steps]]) -> None:
@@ -173,6 +181,7 @@ def report(found: dict[str, list[Steps]]) -> None:
     for ours, other, what in (
         ("sequential", "bare, same arithmetic", "platform / bare loop, same arithmetic (tokens/s)"),
         ("sequential", "bare, by hand", "platform / bare loop by hand (tokens/s)"),
+        ("bare, beside Ray", "bare, same arithmetic", "bare loop beside an idle Ray / alone (tokens/s)"),
         ("two workers", "sequential", "two workers / one with two threads (tokens/s)"),
     ):
         rates = [[run.rate for run in found[side]] for side in (ours, other)]
@@ -181,6 +190,8 @@ def report(found: dict[str, list[Steps]]) -> None:
     memory = [[run.memory for run in found[side]] for side in ("treelora", "sequential")]
     ratio = np.median(memory[0]) / np.median(memory[1])
     table.add_row("peak memory of treelora / of sequential (MB)", *(spread(m, 0) for m in memory), f"{ratio:.3f}")
+    padding = [[100 * run.padding for run in found[f"bare, {side}"]] for side in ("same arithmetic", "by hand")]
+    table.add_row("padding: packed / rows padded to the longest (% of tokens)", *(spread(p, 1) for p in padding), "")
     Console(width=140).print(table)
 
 

@@ -1,6 +1,6 @@
 """What is learnt: the likelihood of answers, of a language model's tokens or of an image's class.
 
-Shapes: B rows, W positions that may carry an answer (1 for images), V vocabulary or classes.
+Shapes: B rows, W positions that may carry an answer (1 for images), N answers' tokens, V vocabulary or classes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from treelora.data.batches import NO_LOSS
-from treelora.models.causal import token_logits
+from treelora.models.causal import packed_logits, token_logits
 from treelora.models.vision import class_logits
 
 if TYPE_CHECKING:
@@ -30,11 +30,12 @@ def answer_loss(model: Callable[..., Any], batch: Batch, normaliser: float) -> T
     Returns:
         Scalar, float32.
     """
-    logits_BWV, labels_BW = answer_logits(model, batch)
-    total = F.cross_entropy(
-        logits_BWV.flatten(0, 1).float(), labels_BW.flatten(), ignore_index=NO_LOSS, reduction="sum"
-    )
-    return total / normaliser
+    if "pixel_values" not in batch and (packed := batch.get("packed")):
+        logits_NV, labels_N = packed_logits(model, packed)
+    else:
+        logits_BWV, labels_BW = answer_logits(model, batch)
+        logits_NV, labels_N = logits_BWV.flatten(0, 1), labels_BW.flatten()
+    return F.cross_entropy(logits_NV.float(), labels_N, ignore_index=NO_LOSS, reduction="sum") / normaliser
 
 
 def answer_logits(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:

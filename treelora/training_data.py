@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from treelora.data.batches import Batch, BatchPlan, TextBatch, collate, row_draws
+from treelora.data.packing import pack
 from treelora.data.schema import Example
 from treelora.data.task import Task
 from treelora.errors import DataError
@@ -50,15 +51,19 @@ class Collator(Protocol):
 
 @dataclass(frozen=True)
 class TextCollator:
-    """Pads pairs of (prompt ids, answer ids)."""
+    """Pads pairs of (prompt ids, answer ids), and packs them where `packs` is the dtype of the model's mask."""
 
     pad_id: int
+    packs: torch.dtype | None = None
     draws = 0
     prefetched = False
 
     def __call__(self, items: Sequence[Any], device: torch.device, draws_Bd: npt.NDArray[np.float64] | None) -> Batch:
         """See `Collator`."""
-        return on_device(collate(items, self.pad_id), device)
+        batch = collate(items, self.pad_id)
+        if self.packs:
+            batch["packed"] = pack(items, self.pad_id, self.packs)
+        return on_device(batch, device)
 
 
 @dataclass(frozen=True)
@@ -171,5 +176,11 @@ class Unit:
 
 def on_device(batch: TextBatch, device: torch.device) -> TextBatch:
     """The batch with its tensors on a device."""
-    tensors = {name: v.to(device, non_blocking=True) for name, v in batch.items() if isinstance(v, torch.Tensor)}
-    return TextBatch(answer_width=batch["answer_width"], **tensors)  # type: ignore[typeddict-item]
+
+    def moved(values: Mapping[str, Any]) -> Any:
+        return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+
+    there: TextBatch = moved(batch)
+    if batch["packed"]:
+        there["packed"] = moved(batch["packed"])
+    return there

@@ -83,7 +83,7 @@ def assemble(
     if config.images:
         units, tests, reader = image_data(config, tasks, engine, cache, options)
     else:
-        units, tests = text_data(config, tasks, tokenizer, cache)
+        units, tests = text_data(config, tasks, tokenizer, cache, engine.module)
         partitioned = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
         reader = TextReader(engine, tests, options, tokenizer, partitioned)
     if engine.rank == 0:

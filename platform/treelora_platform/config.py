@@ -167,12 +167,10 @@ class ExperimentConfig(Options):
         return self.model_dump(mode="json")
 
     def in_use(self) -> dict[str, Any]:
-        """`as_dict` without the settings of other methods, and those of images or text that the stream isn't of."""
+        """`as_dict` without the settings of other methods, and of images where the stream is of text."""
         others = set(get_args(MethodName)) - {self.method} | (set() if self.images else {"vision"})
         plain = {key: value for key, value in self.as_dict().items() if key not in others}
-        if self.images:
-            del plain["train"]["group_by_length"]
-        else:
+        if not self.images:
             for stream in (plain["stream"], *plain["extensions"]):
                 del stream["classes"]
         return plain

@@ -147,7 +147,6 @@ class TrainSettings(Options):
 
     global_batch: int = Field(8, ge=1, description="Rows a step, over all workers and accumulation.")
     accumulation: int = Field(1, ge=1, description="Micro-batches a worker takes for one step.")
-    group_by_length: bool = Field(False, description="Rows of like length share a batch, so that little is padded.")
     epochs: float | None = Field(None, gt=0, description="Passes over each task's rows; give this or `steps`.")
     steps: int | None = Field(None, ge=1, description="Steps a task; give this or `epochs`.")
     epochs_by_task: tuple[float, ...] = Field((), description="Passes for each task in order, where they differ.")

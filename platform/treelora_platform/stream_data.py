@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from treelora.data.batches import BatchPlan
 from treelora.data.images.pixels import pixel_rows
 from treelora.data.task import Task
@@ -15,6 +17,8 @@ from treelora.evaluation.image_reader import ImageReader, NearestMeanReader
 from treelora.evaluation.reader import EvaluationOptions
 from treelora.image_data import ImageCollator, StreamClasses, StreamImages, stored_side, training_candidates
 from treelora.methods import METHODS
+from treelora.models.causal import can_pack
+from treelora.models.packing import mask_dtype
 from treelora.models.spec import DTYPES
 from treelora.models.vision import image_format, patches, processor_format
 from treelora.training_data import (
@@ -32,9 +36,12 @@ from treelora_platform.prepare import joint_steps, steps_of
 
 
 def text_data(
-    config: ExperimentConfig, tasks: list[Task], tokenizer: Any, cache: Path
+    config: ExperimentConfig, tasks: list[Task], tokenizer: Any, cache: Path, model: nn.Module
 ) -> tuple[list[Unit], list[TestSplit]]:
-    """Tokenised training units and test splits of a stream, from the cache where it has them."""
+    """Tokenised training units and test splits of a stream, from the cache where it has them.
+
+    Training rows are packed where the model can take them so.
+    """
     style = PromptStyle(config.model.template, config.model.system_prompt)
     refuse = config.model.long_rows == "refuse"
 
@@ -46,7 +53,8 @@ def text_data(
         rows = tokens(task, "train")
         splits.append(Split(rows, choose_rows(rows.labels, settings.train_rows, settings.seed)))
         tests.append(test_split(task, tokens(task, "test"), settings.test_rows, settings.seed))
-    collator = TextCollator(tokenizer.pad_token_id)
+    packs = mask_dtype(model) if can_pack(model, config.model.max_length) else None
+    collator = TextCollator(tokenizer.pad_token_id, packs)
     return build_units(config, tasks, splits, lambda unit: collator), tests
 
 
@@ -97,8 +105,6 @@ def build_units(
         return [Unit("all tasks", everything, tuple(splits), plan, collator_of(0), accumulation)]
     units = []
     for i, (task, split) in enumerate(zip(tasks, splits, strict=True)):
-        lengths = split.rows.lengths[split.chosen] if config.train.group_by_length and not config.images else None
-        steps = steps_of(config, i, len(split))
-        plan = BatchPlan(len(split), batch, **steps, seed=config.seed, task_index=i, lengths=lengths)
+        plan = BatchPlan(len(split), batch, **steps_of(config, i, len(split)), seed=config.seed, task_index=i)
         units.append(Unit(task.name, (i,), (split,), plan, collator_of(i), accumulation))
     return units

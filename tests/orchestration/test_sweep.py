@@ -47,7 +47,7 @@ class Sweep:
             "search": "grid",
             "retries": 0,
             "register_as": "tiny-model",
-            "overrides": {"train.steps": 150, "train.group_by_length": False, "stream.test_rows": 24},
+            "overrides": {"train.steps": 150, "stream.test_rows": 24},
         }
         (folder / "sweep.yaml").write_text(yaml.safe_dump(plain | changes), encoding="utf-8")
         self.command = [TREELORA, "sweep", str(folder / "sweep.yaml")]

@@ -24,7 +24,7 @@ def routed_run(folder: Path) -> tuple[Path, StreamLoop]:
         folder,
         treelora={"inference": "routed"},
         lora={"alpha": 64},
-        train={"steps": 12, "learning_rate": 0.05, "group_by_length": False},
+        train={"steps": 12, "learning_rate": 0.05},
         tracking={"uri": "http://inner.example", "tags": {"team": "x"}},
     )
     return folder / "run", learnt(config, folder / "run")

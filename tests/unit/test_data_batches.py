@@ -1,14 +1,12 @@
 """Batches: padding by hand, and plans that no number of workers changes."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treelora.data.batches import WINDOW, BatchPlan, collate, epoch_order
+from treelora.data.batches import BatchPlan, collate, epoch_order
 from treelora.errors import ConfigError
 
 
@@ -69,40 +67,6 @@ def test_ranks_partition_the_global_batch(plan: BatchPlan, shape: tuple[int, int
         assert {len(micro) for own in dealt for micro in own} == {plan.global_batch // (world * accumulation)}
         union = np.concatenate([micro for own in dealt for micro in own])
         assert sorted(union) == sorted(plan.rows(step))
-
-
-@settings(deadline=None)
-@given(plans, st.integers(0, 40), st.integers(1, 9))
-def test_rows_of_like_length_share_a_batch(plan: BatchPlan, longer: int, spread: int) -> None:
-    """A window's rows are those that would have come, sorted and cut; nothing else changes."""
-    steps = plan.steps + longer
-    lengths = (np.arange(plan.n_rows) * 7) % spread + 1
-    made = [
-        BatchPlan(
-            plan.n_rows, plan.global_batch, max_steps=steps, seed=plan.seed, task_index=plan.task_index, lengths=given
-        )
-        for given in (None, lengths)
-    ]
-    for first in range(0, steps, WINDOW):
-        window = range(first, min(first + WINDOW, steps))
-        plain, grouped = ([each.rows(step).tolist() for step in window] for each in made)
-        assert sorted(row for batch in grouped for row in batch) == sorted(row for batch in plain for row in batch)
-        assert {len(batch) for batch in grouped} == {plan.global_batch}
-        widths = sorted((int(lengths[batch].min()), int(lengths[batch].max())) for batch in grouped)
-        assert all(shorter <= least for (_, shorter), (least, _) in pairwise(widths))
-
-
-def test_batches_of_like_length_come_in_an_order_of_chance() -> None:
-    lengths = np.arange(64)
-    plan = BatchPlan(64, 4, epochs=2, seed=0, task_index=0, lengths=lengths)
-    assert plan.steps == 2 * WINDOW
-    epochs = [[plan.rows(step).tolist() for step in range(first, first + WINDOW)] for first in (0, WINDOW)]
-    for epoch in epochs:
-        assert sorted(epoch) == [list(range(row, row + 4)) for row in range(0, 64, 4)]
-        assert epoch != sorted(epoch)
-    assert epochs[0] != epochs[1]
-    other = BatchPlan(64, 4, epochs=2, seed=1, task_index=0, lengths=lengths)
-    assert [other.rows(step).tolist() for step in range(WINDOW)] != epochs[0]
 
 
 @settings(deadline=None)

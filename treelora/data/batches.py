@@ -13,13 +13,11 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
+from treelora.data.packing import PackedRows
 from treelora.errors import ConfigError
 
 NO_LOSS = -100  # the index that torch's cross-entropy ignores by default
 Rows = npt.NDArray[np.int64]
-WINDOW = 16
-"""Steps whose rows are sorted by length among each other: leaves 2 to 7 % of padding where chance leaves 12 to 40."""
-_WINDOWS = 1 << 31  # permutations of windows are numbered from here, those of epochs from 0
 
 
 @final
@@ -28,6 +26,7 @@ class TextBatch(TypedDict):
 
     Tensors are int64 [B, T]. labels: the answer's tokens in place, -100 elsewhere. answer_width: the longest
     answer; logits at the last ``answer_width + 1`` positions (the last one unused) predict every label.
+    packed: the same rows with little padding, where the model takes them so and it pays.
     """
 
     input_ids: torch.Tensor
@@ -35,6 +34,7 @@ class TextBatch(TypedDict):
     position_ids: torch.Tensor
     labels: torch.Tensor
     answer_width: int
+    packed: PackedRows | None
 
 
 @final
@@ -77,6 +77,7 @@ def collate(rows: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]], pad_id: int) ->
         position_ids=torch.from_numpy(position_ids_BT),
         labels=torch.from_numpy(labels_BT),
         answer_width=max(len(answer) for _, answer in pairs),
+        packed=None,
     )
 
 
@@ -116,6 +117,7 @@ def joined(own: Batch, kept: Sequence[int], others: Batch) -> Batch:
         position_ids=both(own["position_ids"], others["position_ids"], 0),
         labels=both(own["labels"], others["labels"], NO_LOSS),
         answer_width=max(own["answer_width"], others["answer_width"]),
+        packed=None,
     )
 
 
@@ -138,10 +140,6 @@ class BatchPlan:
     incomplete last batch is filled from the next permutation, so every step is full, the last one too.
     ``epochs`` may be a fraction. With both ``epochs`` and ``max_steps`` the smaller number of steps counts.
 
-    With ``lengths``, tokens of every row, rows of like length share a global batch: what ``WINDOW`` steps would
-    draw is sorted by length and cut into their batches, which come in an order of chance. Every step still has
-    as many rows, and an epoch every row once, but little is padded.
-
     Everything is a pure function of the step, so a run resumes at any step; the global batch doesn't depend
     on the number of workers.
     """
@@ -155,7 +153,6 @@ class BatchPlan:
         max_steps: int | None = None,
         seed: int,
         task_index: int,
-        lengths: npt.ArrayLike | None = None,
     ) -> None:
         limits = {"n_rows": n_rows, "global_batch": global_batch, "epochs": epochs, "max_steps": max_steps}
         for key, value in limits.items():
@@ -170,25 +167,14 @@ class BatchPlan:
         self.global_batch = global_batch
         self.seed = seed
         self.task_index = task_index
-        self.lengths = None if lengths is None else np.asarray(lengths)
         self.steps = int(min(by_epochs, math.inf if max_steps is None else max_steps))
 
     def rows(self, step: int) -> Rows:
         """Row indices of a step's global batch, int64 [G]. Steps count from 0."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
-        if self.lengths is None:
-            return self._drawn(step, 1)
-        window, place = divmod(step, WINDOW)
-        steps = min(WINDOW, self.steps - window * WINDOW)
-        drawn = self._drawn(window * WINDOW, steps)
-        batches = drawn[np.argsort(self.lengths[drawn], kind="stable")].reshape(steps, self.global_batch)
-        return batches[epoch_order(self.seed, self.task_index, _WINDOWS + window, steps)[place]]
-
-    def _drawn(self, step: int, steps: int) -> Rows:
-        """What so many steps take from the permutations, int64 [steps * G]."""
         first = step * self.global_batch
-        epochs, places = np.divmod(np.arange(first, first + steps * self.global_batch), self.n_rows)
+        epochs, places = np.divmod(np.arange(first, first + self.global_batch), self.n_rows)
         parts = [
             epoch_order(self.seed, self.task_index, int(epoch), self.n_rows)[places[epochs == epoch]]
             for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)

@@ -1,6 +1,6 @@
 """Scores of a model on tasks, and what they amount to over a stream. All scores are percent, 0 to 100."""
 
-from treelora.evaluation.choice import score_choices, supports_packing
+from treelora.evaluation.choice import score_choices
 from treelora.evaluation.features import prompt_features
 from treelora.evaluation.generate import generate_answers
 from treelora.evaluation.matrix import (
@@ -37,6 +37,5 @@ __all__ = [
     "render_matrix",
     "score_choices",
     "scores_table",
-    "supports_packing",
     "task_names",
 ]

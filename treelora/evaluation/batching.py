@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,12 +77,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in zip(modules, training, strict=True):
             module.training = was_training
-
-
-def base_model(model: nn.Module) -> Any:
-    """The transformers model inside a peft model (adapters included), or the model itself."""
-    wrapper: Any = model
-    return wrapper.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def model_device(model: nn.Module, device: torch.device | str | None) -> torch.device:

@@ -12,28 +12,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from treelora.data.packing import EVERYONES, NOBODYS
 from treelora.errors import ConfigError, DataError
 from treelora.evaluation.batching import (
-    base_model,
     batches_by_length,
     check_prompts,
     evaluating,
     model_device,
     pad,
 )
+from treelora.models.packing import base_model, mask_dtype, segment_mask, supports_packing
 
 Tokens = Sequence[int]
 Method = Literal["packed", "naive"]
 # (row, choice, logit positions [len], token ids [len]) of one choice in a batch.
 Scored = tuple[int, int, list[int], Tokens]
-
-_PROMPT, _PAD = 0, -1
 
 
 def score_choices(
@@ -91,29 +90,6 @@ def score_choices(
     return scores
 
 
-def supports_packing(model: nn.Module, longest: int) -> bool:
-    """Whether the model's attention honours a custom 4-D mask and explicit positions up to `longest` tokens.
-
-    Needs eager or SDPA attention, a forward that takes `position_ids`, and no position bias (ALiBi),
-    recurrent, chunked or local layers; a sliding window must span `longest`, the longest prompt plus one
-    choice. Prompt learning of peft prepends tokens, which a prepared mask does not know.
-    """
-    if any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()):
-        return False
-    base = base_model(model)
-    config: Any = base.config
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    return (
-        getattr(config, "_attn_implementation", None) in ("eager", "sdpa")
-        and "position_ids" in inspect.signature(base.forward).parameters
-        and not getattr(config, "alibi", False)
-        and "local" not in (getattr(config, "attention_layers", None) or ())
-        and layer_types <= {"full_attention", "sliding_attention"}
-        and (window is None or longest <= window)
-    )
-
-
 def _check(prompts: Sequence[Tokens], choices: Sequence[Sequence[Tokens]]) -> None:
     if len(prompts) != len(choices):
         raise DataError(f"{len(prompts)} prompts but {len(choices)} lists of choices; give one list a prompt")
@@ -139,14 +115,14 @@ def _packed_batch(
     keep = 1 + max(tails)
     ids_BT = np.full((len(prompts), width), pad_id, dtype=np.int64)
     positions_BT = np.zeros_like(ids_BT)
-    segments_BT = np.full_like(ids_BT, _PAD)
+    segments_BT = np.full_like(ids_BT, NOBODYS)
     scored: list[Scored] = []
     for b, (prompt, row) in enumerate(zip(prompts, choices, strict=True)):
         at = width - tails[b]
         start, last = at - len(prompt), at - 1
         ids_BT[b, start:at] = prompt
         positions_BT[b, start:at] = np.arange(len(prompt))
-        segments_BT[b, start:at] = _PROMPT
+        segments_BT[b, start:at] = EVERYONES
         for c, choice in enumerate(row):
             end = at + len(choice) - 1
             ids_BT[b, at:end] = choice[:-1]
@@ -160,22 +136,10 @@ def _packed_batch(
         model,
         keep,
         input_ids=torch.from_numpy(ids_BT).to(device),
-        attention_mask=_packed_mask(segments, base_model(model).get_input_embeddings().weight.dtype),
+        attention_mask=segment_mask(segments, mask_dtype(model)),
         position_ids=torch.from_numpy(positions_BT).to(device),
     )
     return logits_BKV, scored
-
-
-def _packed_mask(segments_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask [B, 1, T, T]: 0 where a token may look (prompt, or own choice, not ahead), else very
-    negative."""
-    query, key = segments_BT[:, :, None], segments_BT[:, None, :]
-    width = segments_BT.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool, device=segments_BT.device).tril()
-    # A pad sees the pads before it, itself included: a row of attention with nothing to see would give NaN.
-    visible = causal & ((key == query) | ((key == _PROMPT) & (query != _PAD)))
-    mask = torch.zeros(visible.shape, dtype=dtype, device=segments_BT.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
 def _naive_batch(

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from treelora.errors import ConfigError
 from treelora.evaluation.batching import (
-    base_model,
     batches_by_length,
     check_prompts,
     evaluating,
     model_device,
     pad,
 )
+from treelora.models.packing import base_model
 
 
 class _LayerReached(Exception):  # noqa: N818  (a signal, not an error)

@@ -11,13 +11,13 @@ from torch import nn
 
 from treelora.errors import ConfigError
 from treelora.evaluation.batching import (
-    base_model,
     batches_by_length,
     check_prompts,
     evaluating,
     model_device,
     pad,
 )
+from treelora.models.packing import base_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

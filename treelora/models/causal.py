@@ -6,17 +6,20 @@ Shapes: B rows, T tokens, V vocabulary, W answer width (the last W positions may
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from treelora.errors import ConfigError
+from treelora.models.packing import base_model, segment_mask, supports_packing
 from treelora.models.smollm2 import cached_smollm2
 from treelora.models.spec import DTYPES, ModelSpec, cannot_load
 
 if TYPE_CHECKING:
     from treelora.data.batches import TextBatch
+    from treelora.data.packing import PackedRows
 
 
 def resolve_model(name: str) -> str:
@@ -57,7 +60,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
     if spec.name == "tiny":
         from treelora.models.tiny import tiny_model
 
-        return tiny_model(spec.seed).to(dtype)
+        return _with_narrow_head(tiny_model(spec.seed).to(dtype))
     try:
         source = resolve_model(spec.name)
         if spec.random_weights:
@@ -69,7 +72,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
         raise ConfigError(cannot_load("model", spec.name, error)) from None
     model.requires_grad_(False)
     model.config.use_cache = False
-    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    _with_narrow_head(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -93,7 +96,41 @@ def token_logits(model: Callable[..., Any], batch: TextBatch) -> tuple[Tensor, T
     return logits[:, :-1], tensors["labels"][:, -width:]
 
 
-def _contiguous(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def packed_logits(model: Callable[..., Any], rows: PackedRows) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] that predict the answers' tokens of packed rows, and those tokens [N]; the head runs on them alone.
+
+    For models that `can_pack`.
+    """
+    token = _places.set(rows["places"])
+    try:
+        output = model(
+            input_ids=rows["input_ids"],
+            attention_mask=segment_mask(rows["segments"], rows["dtype"]),
+            position_ids=rows["position_ids"],
+        )
+    finally:
+        _places.reset(token)
+    return output.logits[0], rows["labels"]
+
+
+def can_pack(model: nn.Module, longest: int) -> bool:
+    """Whether `packed_logits` gives what the rows would have each by itself, up to `longest` tokens."""
+    head = base_model(model).get_output_embeddings()  # one with an adapter has no hook of ours
+    return supports_packing(model, longest) and _narrowed in head._forward_pre_hooks.values()
+
+
+_places: ContextVar[Tensor | None] = ContextVar("places", default=None)
+
+
+def _with_narrow_head(model: Any) -> Any:
+    model.get_output_embeddings().register_forward_pre_hook(_narrowed)
+    return model
+
+
+def _narrowed(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    states_BTD, places_N = args[0], _places.get()
+    if places_N is not None:
+        return (states_BTD.flatten(0, 1)[places_N][None], *args[1:])
     # The slice that `logits_to_keep` takes isn't contiguous, and for such an input torch copies the head's whole weight
     # once for each row of the batch: half of SmolLM2's step on a CPU.
-    return (args[0].contiguous(), *args[1:])
+    return (states_BTD.contiguous(), *args[1:])
