@@ -58,7 +58,9 @@ def test_joined_batches_give_each_row_its_own_loss(tmp_path: Path) -> None:
         units = (0, 2) if one is own else (2, 0)
         expected = [(units[0], 5), (units[0], 3), (units[1], 3), (units[1], 4), (units[1], 5)]
         found = [
-            answer_loss(loop.engine.module, {k: v[[i]] if k != "answer_width" else v for k, v in both.items()}, 1.0)  # type: ignore[arg-type,index]
+            answer_loss(
+                loop.engine.module, {k: v[[i]] if isinstance(v, torch.Tensor) else v for k, v in both.items()}, 1.0
+            )  # type: ignore[arg-type,index]
             for i in range(5)
         ]
         for loss, row in zip(found, expected, strict=True):
