@@ -102,13 +102,16 @@ def _trainer(config: ExperimentConfig, job: dict[str, Any], run_dir: Path, name:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import FailureConfig
 
+    from treelora_platform.group_start import GroupStart
+
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             # Processes that we need not start and wait for: nothing of ours comes through Ray Data, and the placement
             # groups in a Ray of our own are freed by `fit`.
             unneeded = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if owns_ray() else set())
             callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-            return [callback for callback in callbacks if type(callback).__name__ not in unneeded]
+            kept = [callback for callback in callbacks if type(callback).__name__ not in unneeded]
+            return [*kept, GroupStart(run_dir, config.cluster.stall_seconds)]
 
     cluster = config.cluster
     return Trainer(

@@ -44,7 +44,7 @@ class PlatformHooks:
     ):
         self.run_dir, self.keep = run_dir, keep
         self.recorder, self.uploader, self.keeper = recorder, uploader, keeper
-        self.watchdog, self.preempted = watchdog or Watchdog(run_dir, 0, None), preempted
+        self.watchdog, self.preempted = watchdog or Watchdog(run_dir, "rank-0", None), preempted
         self._memory_bytes: int | None = None
         self._penalty = PenaltyWatch()
         self.saved: set[str] = set()

@@ -24,21 +24,21 @@ class Watchdog:
     """Watches from `watch` on; every `feed` is a sign of progress.
 
     Args:
-        run_dir: Where the stacks of all threads are left, as `stalls/rank-N.txt`.
-        rank: Of this worker.
+        run_dir: Where the stacks of all threads are left, as `stalls/WHO.txt`.
+        who: Which process this is, such as `rank-0`.
         patience_s: Seconds without a sign; None: for ever.
     """
 
-    def __init__(self, run_dir: Path, rank: int, patience_s: float | None):
-        self.report, self.patience_s = run_dir / FOLDER / f"rank-{rank}.txt", patience_s
+    def __init__(self, run_dir: Path, who: str, patience_s: float | None):
+        self.report, self.patience_s = run_dir / FOLDER / f"{who}.txt", patience_s
         self._fed = time.monotonic()
         self._what = "the start"
         self._stop = threading.Event()
 
-    def watch(self) -> None:
-        """Begin."""
+    def watch(self, what: str = "loading") -> None:
+        """Begin; `what` is the last that was done."""
         if self.patience_s is not None:
-            self.feed("loading")
+            self.feed(what)
             threading.Thread(target=self._run, args=(self.patience_s,), daemon=True).start()
 
     def feed(self, what: str) -> None:
@@ -71,7 +71,7 @@ class Watchdog:
 def stalls(run_dir: Path) -> list[str]:
     """What the workers that ended themselves said, a line each."""
     found = []
-    for path in sorted((run_dir / FOLDER).glob("rank-*.txt")):
+    for path in sorted((run_dir / FOLDER).glob("*.txt")):
         with path.open(encoding="utf-8") as file:
             found.append(f"{path.stem.replace('-', ' ')}: {file.readline().strip()} (stacks: {path})")
     return found

@@ -46,7 +46,7 @@ def run_worker(job: dict[str, Any]) -> None:
         recorder.event("stage", unit=0, task="", what="loading the model")
         uploader = Uploader(run_dir, job["tracking_uri"], job["mlflow_run_id"])
         keeper = make_keeper(job, lambda kind, what: recorder.event(kind, what=what))
-    watchdog = Watchdog(run_dir, context.get_world_rank(), config.cluster.stall_seconds)
+    watchdog = Watchdog(run_dir, f"rank-{context.get_world_rank()}", config.cluster.stall_seconds)
     hooks = PlatformHooks(run_dir, config.checkpoint.keep, recorder, uploader, watchdog, is_preempted, keeper)
     device = device_for(config)
 

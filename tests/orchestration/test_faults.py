@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 
 import psutil
@@ -11,7 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from tests.support.whole_runs import STEPS, Result, config_in, events, points, striking
+from tests.support.whole_runs import STEPS, Result, config_in, events, points, ray_processes, striking, wait_for
 from treelora.errors import ConfigError
 from treelora_platform import placement
 from treelora_platform.run import RunFailedError, run_experiment
@@ -30,6 +31,25 @@ def test_a_frozen_worker_is_left_behind(expected: Result, console: Console, tmp_
     assert Result.of(outcome.run_dir) == expected, f"frozen after step {step}, resumed after {begins[1]}"
     assert points(outcome.run_dir) == list(range(1, 3 * STEPS + 1))
     assert not psutil.pid_exists(frozen[0])
+
+
+@pytest.mark.slow
+def test_a_worker_that_freezes_at_the_start_is_left_behind(expected: Result, console: Console, tmp_path: Path) -> None:
+    frozen: list[psutil.Process] = []
+
+    def freeze() -> None:
+        frozen.append(wait_for(ray_processes, 120, "a worker")[0])
+        frozen[0].suspend()
+
+    thread = threading.Thread(target=freeze)
+    thread.start()
+    try:
+        outcome = run_experiment(config_in(tmp_path, cluster={"workers": 2, "stall_seconds": STALL_S}), console)
+    finally:
+        thread.join()
+    assert not frozen[0].is_running()
+    assert [event["global_step"] for event in events(outcome.run_dir, "begin")] == [0]
+    assert Result.of(outcome.run_dir) == expected
 
 
 def test_a_lost_controller_is_replaced(expected: Result, console: Console, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ def worker(tmp_path, body):
         import os, signal, sys, threading, time
         from pathlib import Path
         from treelora_platform.watchdog import Watchdog
-        dog = Watchdog(Path({str(tmp_path)!r}), 3, 1.0)
+        dog = Watchdog(Path({str(tmp_path)!r}), "rank-3", 1.0)
         dog.watch()
     """
     code = textwrap.dedent(script) + textwrap.dedent(body)
