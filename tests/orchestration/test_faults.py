@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.support.whole_runs import STEPS, Result, config_in, events, points, ray_processes, striking, wait_for
 from treelora.errors import ConfigError
 from treelora_platform import placement
+from treelora_platform.chaos.processes import CONTROLLER
 from treelora_platform.run import RunFailedError, run_experiment
 from treelora_platform.run_tables import read_scores, read_steps
 
@@ -54,7 +55,7 @@ def test_a_worker_that_freezes_at_the_start_is_left_behind(expected: Result, con
 
 def test_a_lost_controller_is_replaced(expected: Result, console: Console, tmp_path: Path) -> None:
     step = random.randrange(3, 3 * STEPS)
-    with striking(tmp_path / "tiny", step, title="ray::TrainController"):
+    with striking(tmp_path / "tiny", step, title=CONTROLLER):
         outcome = run_experiment(config_in(tmp_path), console)
     begins = [event["global_step"] for event in events(outcome.run_dir, "begin")]
     assert len(begins) == 2, f"lost after step {step}: {begins}"
