@@ -99,17 +99,18 @@ def _work(job: dict[str, Any]) -> None:
 
 def _trainer(config: ExperimentConfig, job: dict[str, Any], run_dir: Path, name: str) -> Any:
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import FailureConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from treelora_platform.group_start import GroupStart
+    from treelora_platform.process_group import ProcessGroup
 
-    class Trainer(TorchTrainer):
+    class Trainer(DataParallelTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             # Processes that we need not start and wait for: nothing of ours comes through Ray Data, and the placement
             # groups in a Ray of our own are freed by `fit`.
             unneeded = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if owns_ray() else set())
-            callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+            callbacks: list[Any] = super()._create_default_callbacks()
             kept = [callback for callback in callbacks if type(callback).__name__ not in unneeded]
             return [*kept, GroupStart(run_dir, config.cluster.stall_seconds)]
 
@@ -117,7 +118,7 @@ def _trainer(config: ExperimentConfig, job: dict[str, Any], run_dir: Path, name:
     return Trainer(
         _work,
         train_loop_config=job,
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        backend_config=ProcessGroup("nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,

@@ -30,9 +30,14 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables; a sweep prints its own
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # every report of a trial as CSV, JSON and TensorBoard
 }
-# Of a Ray of our own only: no machine of it can be taken away, nobody collects its metrics. Each idle process of Ray's
-# wakes some 150 times a second, and where workers use all cores, they wait for it (`benchmarks.training`).
-_ENVIRONMENT_ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
+# Of a Ray of our own only: no machine of it can be taken away, nobody collects its metrics, and a worker that starts
+# before it is asked for gets nothing to do. Each idle process of Ray's wakes some 150 times a second, and where workers
+# use all cores, they wait for it (`benchmarks.training`).
+_ENVIRONMENT_ALONE = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",
+}
 # Ray's own messages would break the progress display; errors reach the user through our exceptions.
 _QUIET = ("ray", "ray.train", "ray.tune", "ray.data")
 

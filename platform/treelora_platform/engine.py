@@ -8,21 +8,24 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, TypeVar
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
-    safe_get_full_grad,
-    safe_get_full_optimizer_state,
-    safe_set_full_grad,
-    safe_set_full_optimizer_state,
-)
 from torch import Tensor, nn
 
 from treelora.adapters import adapter_parameters, head_parameters
 from treelora.engine import MOMENTS, OptimizerSpec, make_optimizer
 from treelora.models.vision import image_format
 from treelora_platform.config import ExperimentConfig
+from treelora_platform.lean_imports import without
+
+with without("mlflow"):  # DeepSpeed's autotuner would log to it, if it were used
+    import deepspeed
+    from deepspeed.utils import (
+        safe_get_full_grad,
+        safe_get_full_optimizer_state,
+        safe_set_full_grad,
+        safe_set_full_optimizer_state,
+    )
 
 T = TypeVar("T")
 

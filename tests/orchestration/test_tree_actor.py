@@ -129,10 +129,14 @@ def test_a_hung_actor_is_ended_and_comes_back(site: Site) -> None:
 
 def test_an_actor_that_is_gone_is_said_at_once(site: Site) -> None:
     import ray
+    from ray.exceptions import RayActorError
 
     client = site.client()
     client.begin_task("t", 5)
-    ray.kill(site.actor)
+    ray.kill(site.actor)  # which returns before it is done
+    with pytest.raises(RayActorError):
+        while True:
+            ray.get(site.actor.pid.remote())
     client.submit(1, None)
     with pytest.raises(LostError, match=r"actor tree-.* is gone; it was wanted for step 1 of 't'"):
         client.collect()
