@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ class Site:
         import ray
 
         os.kill(ray.get(self.actor.pid.remote()), number)
+
+    def end(self) -> None:
+        """For good; `ray.kill` returns before that is done."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        ray.kill(self.actor)
+        with suppress(RayActorError):
+            while True:
+                ray.get(self.actor.pid.remote())
 
 
 @pytest.fixture
@@ -128,15 +139,9 @@ def test_a_hung_actor_is_ended_and_comes_back(site: Site) -> None:
 
 
 def test_an_actor_that_is_gone_is_said_at_once(site: Site) -> None:
-    import ray
-    from ray.exceptions import RayActorError
-
     client = site.client()
     client.begin_task("t", 5)
-    ray.kill(site.actor)  # which returns before it is done
-    with pytest.raises(RayActorError):
-        while True:
-            ray.get(site.actor.pid.remote())
+    site.end()
     client.submit(1, None)
     with pytest.raises(LostError, match=r"actor tree-.* is gone; it was wanted for step 1 of 't'"):
         client.collect()
