@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from treelora.errors import LostError, TreeLoRAError
 from treelora_platform.checkpoint import newest_name
 from treelora_platform.cluster import free_placement_groups, owns_ray
 from treelora_platform.config import ExperimentConfig
-from treelora_platform.placement import place, worker_resources
+from treelora_platform.placement import place
 from treelora_platform.preemption import PreemptedError
 from treelora_platform.watchdog import FOLDER, stalls
 
@@ -58,6 +57,8 @@ def fit(
     from ray.exceptions import RayError
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    from treelora_platform.trainer import Trainer
+
     if config.cluster.stall_seconds:
         os.environ[_HEALTH_CHECK] = str(config.cluster.stall_seconds)  # for workers whose whole process is frozen
     failure = stands = ""
@@ -67,7 +68,7 @@ def fit(
         shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
         # a name of its own for each try: Ray would silently take an old one for a run to resume
         parts = job | {"config": placed.as_dict(), "attempt": (attempt, tries)}
-        trainer = _trainer(placed, parts, run_dir, f"attempt-{attempt}.{tries}")
+        trainer = Trainer(_work, parts, placed, run_dir, f"attempt-{attempt}.{tries}")
         tries += 1
         with _interruptible():
             try:
@@ -95,43 +96,6 @@ def _work(job: dict[str, Any]) -> None:
     from treelora_platform.worker import run_worker
 
     run_worker(job)
-
-
-def _trainer(config: ExperimentConfig, job: dict[str, Any], run_dir: Path, name: str) -> Any:
-    import ray.train
-    from ray.train.v2.api.config import FailureConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    from treelora_platform.group_start import GroupStart
-    from treelora_platform.process_group import ProcessGroup
-
-    class Trainer(DataParallelTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            # Processes that we need not start and wait for: nothing of ours comes through Ray Data, and the placement
-            # groups in a Ray of our own are freed by `fit`.
-            unneeded = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if owns_ray() else set())
-            callbacks: list[Any] = super()._create_default_callbacks()
-            kept = [callback for callback in callbacks if type(callback).__name__ not in unneeded]
-            return [*kept, GroupStart(run_dir, config.cluster.stall_seconds)]
-
-    cluster = config.cluster
-    return Trainer(
-        _work,
-        train_loop_config=job,
-        backend_config=ProcessGroup("nccl" if cluster.gpus_per_worker else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers,
-            use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker=worker_resources(cluster),
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"{name}-{int(time.time())}",
-            storage_path=str(run_dir / "ray"),
-            # Ray would retry every exception, a mistake in the data too, and on as many workers as before; we begin
-            # again only where it may help, on what is there then
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
-        ),
-    )
 
 
 def _no_failure(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from treelora_platform.storage.driver import NoStorage, storage_of
 from treelora_platform.tracking_state import Status, order_tag
 
 RUN_JSON = "run.json"
-_NEEDED_SOON = ("ray.train.v2.api.data_parallel_trainer",)
+_NEEDED_SOON = ("treelora_platform.trainer",)
 """Modules that take seconds to import, and that the driver needs when Ray has started."""
 
 

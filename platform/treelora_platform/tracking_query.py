@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from treelora.errors import DataError
+from treelora.errors import DataError, one_line
 from treelora_platform.experiments.records import RunRecord, record_from
 from treelora_platform.redaction import hide_credentials
 from treelora_platform.tracking import MlflowServer, TrackingError, resolve_tracking_uri
@@ -175,7 +175,7 @@ class History:
         try:
             yield
         except _refusals() as error:
-            line = hide_credentials(_one_line(error))
+            line = hide_credentials(_reason(error))
             if unknown and getattr(error, "error_code", None) in _UNKNOWN:
                 raise DataError(f"{unknown} ({line})") from None
             kind = _TimedOutError if "timed out" in line else TrackingError
@@ -203,12 +203,11 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+def _reason(error: BaseException) -> str:
     # of an address that can't be reached, requests tells the whole chain; its last link is the reason
-    _, chain, cause = text.partition("Max retries exceeded")
+    _, chain, cause = " ".join(str(error).split()).partition("Max retries exceeded")
     if not chain:
-        return text[:300]
+        return one_line(error)
     reason = re.split(r": |'", cause.rstrip("\"')"))[-1].strip(" (").partition(" (")[0]
     return f"can't be reached: {reason}"
 

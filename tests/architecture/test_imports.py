@@ -81,9 +81,8 @@ print(json.dumps([[name for name in {HEAVY} if name in sys.modules], "CONFIG" in
         ("treelora_platform.config", HEAVY),
         ("treelora_platform.guardian", HEAVY),
         ("treelora_platform.attempts", ("torch", "deepspeed", "mlflow", "transformers")),  # driver and controller
-        ("treelora_platform.process_group", ("torch",)),
+        ("treelora_platform.trainer", ("torch", "deepspeed", "mlflow", "transformers")),
         ("treelora_platform.engine", ("mlflow",)),
-        ("treelora_platform.group_start", ("torch",)),
         ("treelora_platform.checkpoint", ("ray", "deepspeed", "mlflow", "transformers")),
     ],
 )
