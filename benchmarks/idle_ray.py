@@ -66,7 +66,8 @@ def main() -> None:
 def name_of(process: psutil.Process) -> str:
     """Its script, or its title."""
     parts = title(process).split()
-    return next((Path(part).name for part in parts if part.endswith(".py")), Path(parts[0]).name)
+    scripts = [part for part in parts if part.endswith(".py")] if "python" in parts[0] else []
+    return Path([*scripts, parts[0]][0]).name
 
 
 def used(process: psutil.Process) -> tuple[int, float]:

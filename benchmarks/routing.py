@@ -22,7 +22,7 @@ from rich.table import Table
 from treelora_platform.predict import PredictOptions, open_predictor
 from treelora_platform.predict_io import Answer, Prompt, read_prompts
 from treelora_platform.prepare import prepare_stream
-from treelora_platform.run import load_run_config
+from treelora_platform.run_record import load_run_config
 from treelora_platform.serving import ROUND, Predictor
 
 

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from treelora.errors import ConfigError
 from treelora_platform.config import parse_config
-from treelora_platform.run import Outcome, load_run_config, run_experiment
+from treelora_platform.run import Outcome, run_experiment
+from treelora_platform.run_record import load_run_config
 from treelora_platform.run_tables import read_run_json
 
 

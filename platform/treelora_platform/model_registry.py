@@ -21,7 +21,7 @@ from treelora.errors import ConfigError, one_line
 from treelora_platform.checkpoint import newest_commit, newest_name
 from treelora_platform.packing import pack_run
 from treelora_platform.redaction import hide_credentials
-from treelora_platform.run import load_run_config
+from treelora_platform.run_record import load_run_config
 from treelora_platform.tracking import MlflowServer, TrackingError, resolve_tracking_uri
 
 CODE = Path(__file__).with_name("pyfunc_model.py")

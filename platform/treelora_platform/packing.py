@@ -15,7 +15,7 @@ from treelora_platform.checkpoint import Commit, newest_commit, write_commit
 from treelora_platform.config import ExperimentConfig, parse_config
 from treelora_platform.prepare import prepare_stream
 from treelora_platform.redaction import hide_credentials
-from treelora_platform.run import load_run_config
+from treelora_platform.run_record import load_run_config
 from treelora_platform.run_tables import read_run_json
 
 PACKED = "learnt"

@@ -27,7 +27,7 @@ from treelora_platform.checkpoint import Commit, newest_commit
 from treelora_platform.config import ExperimentConfig, parse_config
 from treelora_platform.predict_io import answer_lines, answer_table, as_line, read_prompts
 from treelora_platform.prepare import prepare_stream
-from treelora_platform.run import load_run_config
+from treelora_platform.run_record import load_run_config
 from treelora_platform.run_tables import read_run_json, read_task_choices
 from treelora_platform.serving import Learnt, Predictor
 from treelora_platform.serving_images import ImagePredictor, image_prompts

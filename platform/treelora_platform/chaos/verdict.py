@@ -90,7 +90,7 @@ def _tables(run_dir: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _tracked(run_dir: Path, address: str) -> Iterator[tuple[str, Any]]:
-    from treelora_platform.run import load_run_config
+    from treelora_platform.run_record import load_run_config
     from treelora_platform.tracking import MlflowServer
     from treelora_platform.tracking_query import History
 

@@ -17,7 +17,8 @@ from treelora_platform.experiments.best import RERUN_TAG
 from treelora_platform.experiments.best_output import config_from_params
 from treelora_platform.experiments.rerun_compare import Equality, compare_runs
 from treelora_platform.prepare import prepare_stream
-from treelora_platform.run import difference, run_experiment
+from treelora_platform.run import run_experiment
+from treelora_platform.run_record import difference
 from treelora_platform.run_tables import read_config_yaml, read_run_json, read_scores
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ def fetch(
     """
     from treelora.data.names import slugify
     from treelora.errors import ConfigError
-    from treelora_platform.run import only_one
+    from treelora_platform.run_lock import only_one
     from treelora_platform.storage.address import checked, split_run
     from treelora_platform.storage.folder import StoredFolder
     from treelora_platform.storage.objects import connect
@@ -59,7 +59,8 @@ def push(
 ) -> None:
     """Send what the storage hasn't got yet of a run, for instance because it didn't answer at the run's end."""
     from treelora.errors import ConfigError
-    from treelora_platform.run import load_run_config, only_one
+    from treelora_platform.run_lock import only_one
+    from treelora_platform.run_record import load_run_config
     from treelora_platform.storage.driver import push_run
 
     address = storage or load_run_config(run_dir).cluster.storage

@@ -20,7 +20,8 @@ from treelora.errors import ConfigError
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.prepare import check_storage, prepare_stream
 from treelora_platform.provenance import versions
-from treelora_platform.run import RunFailedError, check_resources, is_busy, only_one
+from treelora_platform.run import RunFailedError, check_resources
+from treelora_platform.run_lock import is_busy, only_one
 from treelora_platform.sweep.journal import Entry, Journal
 from treelora_platform.sweep.replay import SPEC_JSON
 from treelora_platform.sweep.search import scheduler_of, trials_of

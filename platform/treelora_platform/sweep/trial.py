@@ -46,7 +46,8 @@ def run(job: dict[str, object]) -> int:
 
     from treelora.errors import TreeLoRAError
     from treelora_platform.config import parse_config
-    from treelora_platform.run import RunBusyError, RunFailedError, run_experiment
+    from treelora_platform.run import RunFailedError, run_experiment
+    from treelora_platform.run_lock import RunBusyError
 
     config, console = parse_config(job["config"]), Console(soft_wrap=True)  # type: ignore[arg-type]
     while True:
