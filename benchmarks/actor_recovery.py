@@ -1,7 +1,7 @@
-"""What it costs that the tree actor can die: `python benchmarks/actor_recovery.py`.
+"""What it costs that the tree actor can die: `python -m benchmarks.actor_recovery`.
 
-1. killed in the middle of steps: seconds until the worker has its answer, the actor's own share of it (reading the
-   snapshot, replaying the journal), and whether all answers and the state are those of a memory that never died;
+1. killed as a step's question is sent: seconds until the worker has its answer, the actor's own share of it (reading
+   the snapshot, replaying the journal), and whether all answers and the state are those of a memory that never died;
 2. what the journal adds to a step: one append with its fsync, and the memory's own time beside it;
 3. a restart with a full journal: seconds to read the snapshot and to replay so many steps;
 4. what lies on disk.
@@ -26,6 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import footer
 from treelora.local_memory import LocalMemory, pack_state
 from treelora.memory import MemoryConfig, StepCall, TaskMemory
 from treelora.tree import SignatureTree
@@ -58,7 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     config = MemoryConfig(layers=args.layers, sketch_size=args.sketch)
     state = filled(config, args.tasks)
-    table = Table(title=f"tree actor: {args.layers} layers, {args.tasks} past tasks, {args.sketch} numbers a layer")
+    title = f"tree actor: {args.layers} layers, {args.tasks} past tasks, {args.sketch} numbers a layer"
+    table = Table(title=title, caption=footer(), caption_justify="left")
     for column, justify in (("what", "left"), ("figure", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +152,7 @@ def without_ray(folder: Path, config: MemoryConfig, state: Any, records: int) ->
 
 
 def with_ray(folder: Path, config: MemoryConfig, state: Any, kills: int, step_s: float) -> list[tuple[str, str]]:
-    """Kills in the middle of steps, as a worker sees them."""
+    """Kills just before a question, as a worker sees them."""
     connect(ExperimentConfig())
     import ray
 
@@ -166,16 +168,16 @@ def with_ray(folder: Path, config: MemoryConfig, state: Any, kills: int, step_s:
     every = max(5, round(3 / step_s))  # a kill every few seconds: Ray restarts in its own time
     waits, lives = [], []
     for step, seen in zip(range(1, every * (kills + 1)), losses(config), strict=False):
-        for memory in (client, local):
-            memory.submit(step, None if step == 1 else seen)
         struck = step % every == every // 2
+        began = time.perf_counter()
         if struck:
             os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)
+        for memory in (client, local):
+            memory.submit(step, None if step == 1 else seen)
         time.sleep(step_s)
-        began = time.perf_counter()
         arms, lcb = client.collect()
         if struck:
-            waits.append(time.perf_counter() - began + step_s)
+            waits.append(time.perf_counter() - began)
             lives.append(ray.get(actor.whoami.remote()).seconds)
         expected = local.collect()
         assert arms.tobytes() == expected[0].tobytes()
