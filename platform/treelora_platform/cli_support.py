@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+WIDTH_OF_A_FILE = 170
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
@@ -46,7 +48,8 @@ def fail(message: str, code: int) -> None:
 
 
 def make_console() -> Console:
-    """Lines are wrapped on a terminal only, so that a log can be searched."""
+    """Lines are wrapped on a terminal only, so that a log can be searched; tables in a file have room."""
     from rich.console import Console
 
-    return Console(soft_wrap=not sys.stdout.isatty())
+    terminal = sys.stdout.isatty()
+    return Console(soft_wrap=not terminal, width=None if terminal or "COLUMNS" in os.environ else WIDTH_OF_A_FILE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,12 +37,17 @@ class Sheet:
     notes: tuple[str, ...] = ()
     texts: int = 1
     """So many columns from the left hold text, the others numbers."""
+    spare: Cells = ()
+    """Columns of numbers that a narrow terminal does without, the first to go first; files have them all."""
 
 
-def render(sheet: Sheet) -> Table:
-    """For the terminal."""
+def render(sheet: Sheet, width: int | None = None) -> Table:
+    """For the terminal, without columns that it is too narrow for; `width` in letters, None: as wide as need be."""
     from rich.table import Table
     from rich.text import Text
+
+    if width:
+        sheet = _fitted(sheet, width)
 
     table = Table(title=sheet.title, caption="\n".join(sheet.notes), caption_justify="left", pad_edge=False)
     for i, column in enumerate(sheet.columns):
@@ -56,6 +61,30 @@ def render(sheet: Sheet) -> Table:
         else:
             table.add_section()
     return table
+
+
+def _fitted(sheet: Sheet, width: int) -> Sheet:
+    from rich.cells import cell_len
+
+    widths = {
+        name: max(cell_len(text) for text in (name, *(row[i] for row in sheet.cells if row)))
+        for i, name in enumerate(sheet.columns)
+    }
+    gone: list[str] = []
+    for name in sheet.spare:
+        if sum(widths.values()) + 3 * len(widths) - 1 <= width:  # two spaces and a line between any two
+            break
+        del widths[name]
+        gone.append(name)
+    if not gone:
+        return sheet
+    kept = [i for i, name in enumerate(sheet.columns) if name in widths]
+    return replace(
+        sheet,
+        columns=tuple(widths),
+        cells=tuple(tuple(row[i] for i in kept) if row else row for row in sheet.cells),
+        notes=(*sheet.notes, f"left out, for want of room: {', '.join(gone)}; the files have them"),
+    )
 
 
 def markdown(sheets: Sequence[Sheet], heading: str, remarks: Sequence[str] = ()) -> str:

@@ -6,14 +6,14 @@ Heavy imports happen inside the commands: help must be quick.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from treelora_platform.cli_support import friendly, make_console
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,20 +29,8 @@ Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Everything random
 Runs = Annotated[int, typer.Option(min=1, help="Independent problems; intervals are over them.")]
 
 
-def _friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """As `cli.friendly`, fetched when called: cli imports this module."""
-
-    @wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        from treelora_platform.cli import friendly
-
-        friendly(command)(*args, **kwargs)
-
-    return wrapper
-
-
 @simulate_app.command()
-@_friendly
+@friendly
 def regret(
     out: Out = None,
     seed: Seed = 0,
@@ -84,7 +72,7 @@ def regret(
 
 
 @simulate_app.command()
-@_friendly
+@friendly
 def recovery(
     out: Out = None,
     seed: Seed = 0,
@@ -117,7 +105,7 @@ def recovery(
 
 
 @simulate_app.command()
-@_friendly
+@friendly
 def sketch(
     out: Out = None,
     seed: Seed = 0,
@@ -148,7 +136,7 @@ def sketch(
 
 
 @simulate_app.command()
-@_friendly
+@friendly
 def storage(
     out: Out = None,
     seed: Seed = 0,
@@ -183,7 +171,6 @@ def storage(
 @contextmanager
 def _progress(label: str, total: float) -> Iterator[tuple[Console, Callable[[float], None]]]:
     """A bar with the time left, where there is a terminal; yields the console and what moves the bar on."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         Progress,
@@ -194,8 +181,7 @@ def _progress(label: str, total: float) -> Iterator[tuple[Console, Callable[[flo
         TimeRemainingColumn,
     )
 
-    # A pipe has no width; tables shall not be folded there.
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = make_console()
     columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(24), TaskProgressColumn(),
                TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:

@@ -53,6 +53,22 @@ def test_differences_for_people():
     )
 
 
+def test_a_narrow_terminal_does_without_some_columns():
+    sheet = sheets_of(compared())[1]
+    whole = (8 + 9 + 12 + 5 + 17 + 15 + 3 + 7 + 8 + 12) + 3 * 9 + 2  # between any two two spaces and a line
+    assert len(render(sheet, whole).columns) == len(render(sheet).columns) == 10
+    assert [str(column.header) for column in render(sheet, whole - 1).columns] == [
+        "group", "inference", "score", "pairs", "difference", "95 % t interval", "p", "p (Holm)", "pairs needed",
+    ]  # fmt: skip
+    narrow = render(sheet, 80)
+    assert [str(column.header) for column in narrow.columns][4:] == ["difference", "p (Holm)"]
+    assert "for want of room: least p, pairs needed, 95 % t interval, p; the files have them" in narrow.caption
+    console = Console(file=io.StringIO(), width=80)
+    console.print(narrow)
+    assert "│treelora │ last      │ OP" in console.file.getvalue()
+    assert "…" not in console.file.getvalue()
+
+
 def test_files_hold_what_people_see(tmp_path):
     sheets = sheets_of(compared())
     paths = write_sheets(tmp_path, sheets)

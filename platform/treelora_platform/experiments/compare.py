@@ -93,7 +93,7 @@ def compare_experiment(
     comparison = compare_groups(experiment, select(records, keys, filters), reference)
     sheets = sheets_of(comparison)
     for sheet in sheets:
-        console.print(render(sheet))
+        console.print(render(sheet, console.width))
     console.print(f"{len(comparison.records)} of {len(records)} runs are compared", highlight=False)
     for remark in comparison.remarks:
         console.print(f"- {remark}", markup=False, highlight=False)

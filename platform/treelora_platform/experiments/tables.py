@@ -55,6 +55,7 @@ def standings_sheet(comparison: ExperimentComparison) -> Sheet:
         found,
         tuple(notes),
         texts=2,
+        spare=("stored", "tokens/s", HEADINGS["seconds"]),
     )  # fmt: skip
 
 
@@ -88,6 +89,7 @@ def differences_sheet(comparison: ExperimentComparison) -> Sheet:
             *_attainable(found),
         ),
         texts=3,
+        spare=("least p", "pairs needed", "95 % t interval", "p"),
     )  # fmt: skip
 
 
