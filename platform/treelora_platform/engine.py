@@ -35,8 +35,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _import_muon() -> None:
-    # DeepSpeed asks whether our optimizer is its Muon, whose module calls torch.compile as it is imported: all of the
-    # compiler would be loaded with it, for two seconds.
+    # DeepSpeed asks whether our optimizer is its Muon, whose module calls torch.compile as it is imported: a second.
     before = os.environ.get(_NO_COMPILER)
     os.environ[_NO_COMPILER] = "1"
     try:

@@ -83,5 +83,4 @@ def run_worker(job: dict[str, Any]) -> None:
 def _settle(config: ExperimentConfig) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(config.cluster.threads_per_worker or max(1, int(config.cluster.cpus_per_worker)))
-    # as `torch.use_deterministic_algorithms`, which loads the compiler too, for a second
-    torch.set_deterministic_debug_mode("default" if config.cluster.gpus_per_worker else "error")
+    torch.use_deterministic_algorithms(config.cluster.gpus_per_worker == 0)
