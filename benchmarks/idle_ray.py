@@ -66,7 +66,7 @@ def main() -> None:
 def name_of(process: psutil.Process) -> str:
     """Its script, or its title."""
     parts = title(process).split()
-    scripts = [part for part in parts if part.endswith(".py")] if "python" in parts[0] else []
+    scripts = [part for part in parts if part.endswith(".py")] if Path(parts[0]).name.startswith("python") else []
     return Path([*scripts, parts[0]][0]).name
 
 
