@@ -64,8 +64,9 @@ def test_numbers_of_a_finished_run(tmp_path):
     text = " ".join(" ".join(page.text).split())
     assert "OP last (%) 80.00 BWT last (points) 10.00" in text
     assert "training time 9.0 s tokens trained on 1,800 tokens per second 200.00 stored 3.2 KiB" in text
-    assert ["alpha", "90.0", "80.0", "70.0"] in page.rows
-    assert ["gamma", "", "", "90.0"] in page.rows
+    assert ["", "1", "2", "3"] in page.rows
+    assert ["1 alpha", "90.0", "80.0", "70.0"] in page.rows
+    assert ["3 gamma", "", "", "90.0"] in page.rows
     assert ["OP", "90.00", "85.00", "80.00"] in page.rows
     assert ["lora.rank", "8"] in page.rows
     assert ["versions.commit", "4f70d1d"] in page.rows
@@ -93,7 +94,7 @@ def test_hostile_names_stay_text(tmp_path):
     run = finished_run(tmp_path / "run", names, name=HOSTILE)
     page = page_of(write_report(run.path))
     assert not {"script", "b-old"} & set(page.tags)
-    assert [HOSTILE, "90.0", "80.0", "70.0"] in page.rows
+    assert [f"1 {HOSTILE}", "90.0", "80.0", "70.0"] in page.rows
     assert "$x^2$ & <b>bold</b>" in "".join(page.text)
     assert f"{HOSTILE} (treelora)" in "".join(page.text)
 
@@ -112,8 +113,8 @@ def test_two_runs_side_by_side(tmp_path):
     assert ["", "ours (treelora)", "base (sequential)"] in page.rows
     assert ["OP last (%)", "89.00", "80.00"] in page.rows
     assert ["BWT last (points)", "1.00", "10.00"] in page.rows
-    assert ["alpha", "90.0", "88.0"] in page.rows
-    assert ["alpha", "90.0", "70.0"] in page.rows
+    assert ["1 alpha", "90.0", "88.0"] in page.rows
+    assert ["1 alpha", "90.0", "70.0"] in page.rows
     assert ["method", "treelora", "sequential"] in page.rows
     text = (tmp_path / "both.html").read_text()
     assert '<tr class="differs"><th scope="row">method</th>' in text
@@ -144,7 +145,7 @@ def test_scores_before_training_have_a_column(tmp_path):
     run.add_score("last", 1, -1, 40.0)
     page = page_of(write_report(run.path))
     assert ["", "before training"] in page.rows
-    assert ["alpha", "20.0"] in page.rows
+    assert ["1 alpha", "20.0"] in page.rows
     assert ["OP", "30.00"] in page.rows
 
 
