@@ -92,7 +92,6 @@ def idle_ray() -> Iterator[psutil.Process]:
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, "-c", _CODE, folder],
-            env=os.environ | {"RAY_TRAIN_V2_ENABLED": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

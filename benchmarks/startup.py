@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -66,7 +67,7 @@ def until_first_step(config: ExperimentConfig) -> dict[str, float]:
     """Seconds of each stage from the command on, and their sum."""
     begin = time.time()
     seconds("run", written(config))
-    events = [json.loads(line) for line in (run_folder(config) / "events.jsonl").read_text().splitlines()]
+    events = events_of(config)
     loading = next(event["time"] for event in events if event["kind"] == "stage")
     ready = next(event["time"] for event in events if event["kind"] == "begin")
     stepped = read_steps(run_folder(config))["time_unix_ms"][0].as_py() / 1000
@@ -83,6 +84,11 @@ def seconds(*arguments: str) -> float:
     begin = time.perf_counter()
     subprocess.run([sys.executable, "-m", "treelora_platform", *arguments], check=True, stdout=QUIET, stderr=QUIET)
     return time.perf_counter() - begin
+
+
+def events_of(config: ExperimentConfig) -> list[dict[str, Any]]:
+    """What its run has said."""
+    return [json.loads(line) for line in (run_folder(config) / "events.jsonl").read_text().splitlines()]
 
 
 def written(config: ExperimentConfig) -> str:
@@ -106,7 +112,7 @@ def watched(config: ExperimentConfig) -> dict[str, float]:
                 found[what] = time.time() - begin
         time.sleep(0.05)
     driver.wait()
-    events = [json.loads(line) for line in (run_folder(config) / "events.jsonl").read_text().splitlines()]
+    events = events_of(config)
     return found | {"the model is loaded": next(e["time"] for e in events if e["kind"] == "stage") - begin}
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+from treelora.data.files import write_bytes_atomically
 from treelora.errors import ConfigError
 from treelora_platform.config import ExperimentConfig, parse_config
 from treelora_platform.prepare import PreparedStream
@@ -109,6 +109,4 @@ def difference(before: ExperimentConfig, after: ExperimentConfig) -> str:
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:
     """Write `run.json`, all of it or nothing."""
-    scratch = run_dir / f".{RUN_JSON}"
-    scratch.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(scratch, run_dir / RUN_JSON)
+    write_bytes_atomically(run_dir / RUN_JSON, json.dumps(record, indent=1).encode())
