@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None, run: Run = run_experiment) -> i
     parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES, help="default: all")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants only; tables show all")
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE", help="for all runs")
+    parser.add_argument("--lanes", type=int, default=1, help="runs at the same time, each in a process (default: 1)")
     parser.add_argument("--reduced", action="store_true", help="one order and seed, few rows, no tuning: minutes")
     parser.add_argument("--dry-run", action="store_true", help="say what is left and how long it will take")
     args = parser.parse_args(arguments)
@@ -72,7 +73,7 @@ def conduct(args: argparse.Namespace, console: Console, run: Run) -> bool:
     failed = lacking = False
     if "tune" in args.phase and study.tuning:
         jobs = make_plan(bench, names, tuned).tune
-        run_jobs(jobs, log, console, run)
+        run_jobs(jobs, log, console, run, args.lanes)
         sources = list(dict.fromkeys(job.variant for job in jobs))
         in_vain = {job.config.name for job, _ in log.failures(jobs)}
         tuned |= tuned_from_runs(bench, sources, in_vain)
@@ -85,7 +86,7 @@ def conduct(args: argparse.Namespace, console: Console, run: Run) -> bool:
             for variant, reason in () if lacking else plan.lacking.items():
                 console.print(f"[red]{escape(variant)} is left out:[/] {escape(reason)}", highlight=False)
             lacking |= bool(plan.lacking)
-            failed |= bool(run_jobs(plan.run if phase == "run" else plan.quality, log, console, run))
+            failed |= bool(run_jobs(plan.run if phase == "run" else plan.quality, log, console, run, args.lanes))
     write_results(bench, tuned, log, out, console)
     return failed or lacking
 

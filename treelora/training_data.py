@@ -55,6 +55,8 @@ class TextCollator:
 
     pad_id: int
     packs: torch.dtype | None = None
+    by_row: bool = False
+    """Whether packed rows will attend each by itself."""
     draws = 0
     prefetched = False
 
@@ -62,7 +64,7 @@ class TextCollator:
         """See `Collator`."""
         batch = collate(items, self.pad_id)
         if self.packs:
-            batch["packed"] = pack(items, self.pad_id, self.packs)
+            batch["packed"] = pack(items, self.pad_id, self.packs, by_row=self.by_row)
         return on_device(batch, device)
 
 

@@ -70,7 +70,7 @@ def fit(
         parts = job | {"config": placed.as_dict(), "attempt": (attempt, tries)}
         trainer = Trainer(_work, parts, placed, run_dir, f"attempt-{attempt}.{tries}")
         tries += 1
-        with _interruptible():
+        with interruptible():
             try:
                 trainer.fit()
             except (TrainingFailedError, RayError) as error:  # Ray's: of the controller itself, with all its workers
@@ -111,7 +111,7 @@ def _no_failure(error: BaseException) -> str:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end the workers in order and arrive as KeyboardInterrupt.
 
     Ray Train takes SIGINT over, aborts the workers and then exits the process with 0, as if all were well.

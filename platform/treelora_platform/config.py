@@ -82,15 +82,21 @@ class ExperimentConfig(Options):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ExperimentConfig:
-        share = self.cluster.workers * self.train.accumulation
+        share = max(1, self.cluster.workers) * self.train.accumulation
         if self.train.global_batch % share:
             raise ValueError(
                 f"train.global_batch {self.train.global_batch} can't be dealt evenly to {self.cluster.workers} workers "
                 f"x accumulation {self.train.accumulation}; make it a multiple of {share}"
             )
-        if self.engine.kind == "torch" and self.cluster.workers != 1:
+        if self.engine.kind == "torch" and self.cluster.workers > 1:
             raise ValueError(
                 f"engine.kind torch runs in one process; set cluster.workers to 1, not {self.cluster.workers}"
+            )
+        if not self.cluster.workers and (self.engine.kind != "torch" or self.cluster.storage):
+            what = "cluster.storage" if self.cluster.storage else f"engine.kind {self.engine.kind}"
+            raise ValueError(
+                f"cluster.workers 0 runs in the driver's own process, which {what} isn't for; set engine.kind to torch "
+                "and leave cluster.storage out, or set cluster.workers to 1"
             )
         if self.train.epochs_by_task and self.stream.order and len(self.train.epochs_by_task) != len(self.stream.order):
             raise ValueError(

@@ -224,7 +224,9 @@ class CheckpointSettings(Options):
 class ClusterSettings(Options):
     """Workers and what each of them takes."""
 
-    workers: int = Field(1, ge=1, description="Ray Train workers.")
+    workers: int = Field(
+        1, ge=0, description="Ray Train workers; 0: none, the run is in the driver's own process, with engine torch."
+    )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs that Ray reserves for a worker.")
     gpus_per_worker: float = Field(
         0, ge=0, le=1, description="GPUs that Ray reserves for a worker; less than 1 lets several runs share a GPU."

@@ -124,9 +124,7 @@ def _execute(
     parent_run_id: str | None,
     sweep: Mapping[str, Any],
 ) -> Outcome:
-    from treelora_platform.attempts import fit
     from treelora_platform.closing import close_run
-    from treelora_platform.cluster import connect, tree_actor
     from treelora_platform.progress import Watcher
     from treelora_platform.tracking import finish_run, for_others, resolve_tracking_uri, start_run
 
@@ -147,8 +145,11 @@ def _execute(
             base=run_dir.parent,
         )
         try:
-            with console.status("starting Ray"):
-                connect(config, meanwhile=_NEEDED_SOON)
+            if config.cluster.workers:
+                from treelora_platform.cluster import connect
+
+                with console.status("starting Ray"):
+                    connect(config, meanwhile=_NEEDED_SOON)
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
             finish_run(run_dir, config.tracking.uri, opened.result(), "KILLED" if interrupted else "FAILED")
@@ -172,12 +173,8 @@ def _execute(
     status: Status = "FAILED"
     failure = None
     try:
-        with (
-            Watcher(run_dir / "events.jsonl", console, config.method),
-            storage.followed(),
-            tree_actor(run_dir.name, config.method == "treelora", run_dir),
-        ):
-            failure = fit(config, job, run_dir, record["attempts"], _said(console), storage.newest_name)
+        with Watcher(run_dir / "events.jsonl", console, config.method), storage.followed():
+            failure = _fit(config, job, record["attempts"], console, storage)
         status = "FAILED" if failure else "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -195,6 +192,22 @@ def _execute(
     if not report.sent:
         console.print(f"[yellow]MLflow is not complete:[/] {report.error}. {report.hint}")
     return Outcome(run_dir, run_id)
+
+
+def _fit(
+    config: ExperimentConfig, job: dict[str, Any], attempt: int, console: Console, storage: NoStorage
+) -> str | None:
+    """Learn the stream, on Ray's workers or here; returns why that failed."""
+    if not config.cluster.workers:
+        from treelora_platform.in_process import fit_here
+
+        return fit_here(job)
+    from treelora_platform.attempts import fit
+    from treelora_platform.cluster import tree_actor
+
+    run_dir = storage.run_dir
+    with tree_actor(run_dir.name, config.method == "treelora", run_dir):
+        return fit(config, job, run_dir, attempt, _said(console), storage.newest_name)
 
 
 def _said(console: Console) -> Callable[[str], None]:

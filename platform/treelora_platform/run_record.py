@@ -11,7 +11,7 @@ from typing import Any
 from treelora.data.files import write_bytes_atomically
 from treelora.errors import ConfigError
 from treelora_platform.config import ExperimentConfig, parse_config
-from treelora_platform.prepare import PreparedStream
+from treelora_platform.prepare import PreparedStream, run_folder
 from treelora_platform.provenance import versions
 from treelora_platform.run_tables import read_config_yaml, read_run_json
 from treelora_platform.tracking_state import order_tag
@@ -64,6 +64,13 @@ def load_run_config(run_dir: Path) -> ExperimentConfig:
     if not plain:
         raise ConfigError(f"{run_dir}: no run is there (no config.yaml)")
     return parse_config(plain, origin=str(run_dir / "config.yaml"))
+
+
+def finished_record(config: ExperimentConfig) -> dict[str, Any] | None:
+    """What `run.json` says of a run that is there, whole, and of this very configuration; else None."""
+    record = read_run_json(run_folder(config))
+    whole = record.get("status") == "FINISHED" and record.get("config_hash") == config.digest()
+    return record if whole else None
 
 
 def is_complete(run_dir: Path, config: ExperimentConfig, force: bool) -> bool:

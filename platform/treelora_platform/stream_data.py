@@ -19,6 +19,7 @@ from treelora.image_data import ImageCollator, StreamClasses, StreamImages, stor
 from treelora.methods import METHODS
 from treelora.models.causal import can_pack
 from treelora.models.packing import mask_dtype
+from treelora.models.row_attention import attends_by_row
 from treelora.models.spec import DTYPES
 from treelora.models.vision import image_format, patches, processor_format
 from treelora.training_data import (
@@ -53,8 +54,9 @@ def text_data(
         rows = tokens(task, "train")
         splits.append(Split(rows, choose_rows(rows.labels, settings.train_rows, settings.seed)))
         tests.append(test_split(task, tokens(task, "test"), settings.test_rows, settings.seed))
-    packs = mask_dtype(model) if can_pack(model, config.model.max_length) else None
-    collator = TextCollator(tokenizer.pad_token_id, packs)
+    longest = config.model.max_length
+    packs, by_row = mask_dtype(model) if can_pack(model, longest) else None, attends_by_row(model, longest)
+    collator = TextCollator(tokenizer.pad_token_id, packs, by_row)
     return build_units(config, tasks, splits, lambda unit: collator), tests
 
 

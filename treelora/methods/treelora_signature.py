@@ -22,6 +22,9 @@ from treelora.signature import GradientProbe, adapter_value_vectors, gradient_ve
 from treelora.sketch import CountSketch, normalise
 
 
+STEPS_A_PROBE, MOST_PROBES = 25, 4
+
+
 class SignatureSource:
     """Signature of the current task, and what is observed of it at each step.
 
@@ -70,7 +73,8 @@ class SignatureSource:
         """Before training. Collective."""
         if self.kind != "probe_b":
             return
-        count = min(self.probe_batches, task.steps)
+        wanted = self.probe_batches or min(max(1, task.steps // STEPS_A_PROBE), MOST_PROBES)
+        count = min(wanted, task.steps)
         raw = torch.stack([self._measure_batch(task, round(i * task.steps / count)) for i in range(count)])
         raw = self.engine.all_reduce(raw, mean=True).cpu()
         self._per_batch_PLK, self._sum_LK = torch.stack([normalise(batch_LK) for batch_LK in raw]), raw.sum(0)

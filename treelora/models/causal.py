@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from treelora.errors import ConfigError
 from treelora.models.packing import base_model, segment_mask, supports_packing
+from treelora.models.row_attention import attend_by_row, mark_rows
 from treelora.models.smollm2 import cached_smollm2
 from treelora.models.spec import DTYPES, ModelSpec, cannot_load
 
@@ -73,6 +74,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
     model.requires_grad_(False)
     model.config.use_cache = False
     _with_narrow_head(model)
+    attend_by_row(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -101,13 +103,12 @@ def packed_logits(model: Callable[..., Any], rows: PackedRows) -> tuple[Tensor, 
 
     For models that `can_pack`.
     """
+    mask = segment_mask(rows["segments"], rows["dtype"])
+    if rows["lengths"]:
+        mask = mark_rows(mask, rows["lengths"])
     token = _places.set(rows["places"])
     try:
-        output = model(
-            input_ids=rows["input_ids"],
-            attention_mask=segment_mask(rows["segments"], rows["dtype"]),
-            position_ids=rows["position_ids"],
-        )
+        output = model(input_ids=rows["input_ids"], attention_mask=mask, position_ids=rows["position_ids"])
     finally:
         _places.reset(token)
     return output.logits[0], rows["labels"]

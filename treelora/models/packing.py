@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from treelora.data.packing import EVERYONES, NOBODYS
 
+BY_ROW = "treelora_by_row"
+"""Our SDPA under transformers' name for it, see `treelora.models.row_attention`."""
+
 
 def segment_mask(segments_PL: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive mask [P, 1, L, L]: 0 where a token may look, which is back in its own segment or everyone's, else very
@@ -46,7 +49,7 @@ def supports_packing(model: nn.Module, longest: int) -> bool:
     layer_types = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
     return (
-        getattr(config, "_attn_implementation", None) in ("eager", "sdpa")
+        getattr(config, "_attn_implementation", None) in ("eager", "sdpa", BY_ROW)
         and "position_ids" in inspect.signature(base.forward).parameters
         and not getattr(config, "alibi", False)
         and "local" not in (getattr(config, "attention_layers", None) or ())

@@ -62,7 +62,12 @@ class TreeLoRAOptions(Options):
     bound: Bound = Field("smooth", description="Inner nodes' bound: Coquelin and Munos', or Eq. 2 as it is printed.")
     sketch_size: int = Field(64, ge=1, description="Numbers kept of each layer's signature.")
     blocks: int = Field(1, ge=1, description="Blocks of layers that the medoid tree's levels split on in turn.")
-    probe_batches: int = Field(4, ge=1, description="Global batches that the signature of a task is measured on.")
+    probe_batches: int | None = Field(
+        None,
+        ge=1,
+        description="Global batches that the signature of a task is measured on; null: one for every 25 steps of the "
+        "task, from 1 to 4, so that it takes a twenty-fifth of the task's time.",
+    )
     budget_mib: float | None = Field(
         None, gt=0, description="Most that past tasks may take, in MiB; beyond it the two closest are merged."
     )

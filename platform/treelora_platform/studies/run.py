@@ -1,25 +1,22 @@
-"""Running what a study lacks: one job after the other in one Ray session, with a log of what came of each."""
+"""Running what a study lacks, with a log of what came of each run."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
 
-from treelora.errors import DataError
-from treelora_platform.config import ExperimentConfig
 from treelora_platform.jsonl import JsonLog
 from treelora_platform.prepare import run_folder
 from treelora_platform.run import run_experiment
-from treelora_platform.run_tables import read_run_json
+from treelora_platform.studies.finished import Finished, finished, keep
+from treelora_platform.studies.lanes import Run, run_in_lanes, run_in_turn
 from treelora_platform.studies.spec import Job
-from treelora_platform.summary import format_seconds, summarise
-
-Run = Callable[[ExperimentConfig, Console], object]
+from treelora_platform.summary import format_seconds
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,6 @@ class Log(JsonLog[Entry]):
         ]
 
 
-def is_complete(config: ExperimentConfig) -> bool:
-    """Whether the run is there, whole, and of this very configuration."""
-    record = read_run_json(run_folder(config))
-    return record.get("status") == "FINISHED" and record.get("config_hash") == config.digest()
-
-
 def distinct(jobs: Sequence[Job]) -> list[Job]:
     """One job a run: variants may amount to the same configuration."""
     return list({job.config.name: job for job in reversed(jobs)}.values())[::-1]
@@ -66,7 +57,7 @@ def distinct(jobs: Sequence[Job]) -> list[Job]:
 
 def missing(jobs: Sequence[Job]) -> list[Job]:
     """The distinct jobs that are not complete, in order."""
-    return [job for job in distinct(jobs) if not is_complete(job.config)]
+    return [job for job in distinct(jobs) if not finished(job.config)]
 
 
 def work(job: Job) -> int:
@@ -86,38 +77,38 @@ def estimate(jobs: Sequence[Job], entries: Sequence[Entry]) -> float | None:
     return total
 
 
-def run_jobs(jobs: Sequence[Job], log: Log, console: Console, run: Run = run_experiment) -> list[Job]:
+def run_jobs(jobs: Sequence[Job], log: Log, console: Console, run: Run = run_experiment, lanes: int = 1) -> list[Job]:
     """Run what is missing, in order; a run that fails is logged and shown, and the others go on.
 
     Stop it whenever you like: the next call begins where it was, within the run too.
+
+    Args:
+        lanes: Runs at the same time, each in a process of its own.
 
     Returns:
         The jobs that failed.
     """
     left = missing(jobs)
-    total, failed = len(distinct(jobs)), []
-    for number, job in enumerate(left, start=total - len(left) + 1):
-        console.print(f"\\[{number}/{total}] {escape(job.label)}  [dim]{job.config.name}[/]", highlight=False)
-        begin = time.monotonic()
-        try:
-            run(job.config, console)
-            if not is_complete(job.config):
-                raise DataError(f"{run_folder(job.config)}: the run ended, but it isn't complete")
-            status, said = "done", _scores(job)
-        # one broken run, for whatever reason, must not cost the night; the log and the exit code tell of it
-        except Exception as error:  # noqa: BLE001
-            status, said = "failed", str(error) or type(error).__name__
+    total, failed, waiting = len(distinct(jobs)), [], list(left)
+    carry_out = run_in_lanes if lanes > 1 else run_in_turn
+    for job, error, seconds in carry_out(left, run, console, lanes):
+        waiting.remove(job)
+        found = None if error else keep(job.config)
+        if not error and not found:
+            error = f"{run_folder(job.config)}: the run ended, but it isn't complete"
+        if error:
             failed.append(job)
-        seconds = time.monotonic() - begin
-        message = said if status == "failed" else ""
-        log.add(Entry(job.config.name, job.variant, work(job), status, seconds, message, time.time()))  # type: ignore[arg-type]
-        rest = estimate(left[left.index(job) + 1 :], log.entries())
-        left_text = "" if rest is None else f"; {format_seconds(rest)} left" if rest else "; none left"
-        colour = "red" if failed and failed[-1] is job else "green"
-        console.print(f"  [{colour}]{status}[/]: {escape(said)}  {format_seconds(seconds)}{left_text}", highlight=False)
+        said, status = (error, "failed") if error or not found else (_scores(found), "done")
+        log.add(Entry(job.config.name, job.variant, work(job), status, seconds, error, time.time()))  # type: ignore[arg-type]
+        rest = estimate(waiting, log.entries())
+        left_text = "" if rest is None else f"; {format_seconds(rest / lanes)} left" if rest else "; none left"
+        console.print(
+            f"\\[{total - len(waiting)}/{total}] {escape(job.label)}  [dim]{job.config.name}[/]\n"
+            f"  [{'red' if error else 'green'}]{status}[/]: {escape(said)}  {format_seconds(seconds)}{left_text}",
+            highlight=False,
+        )
     return failed
 
 
-def _scores(job: Job) -> str:
-    modes = summarise(run_folder(job.config)).modes
-    return "OP " + ", ".join(f"{mode} {found.op:.1f}" for mode, found in modes.items() if found.op is not None)
+def _scores(found: Finished) -> str:
+    return "OP " + ", ".join(f"{mode} {scores.op:.1f}" for mode, scores in found.modes.items() if scores.op is not None)

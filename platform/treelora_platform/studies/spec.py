@@ -44,6 +44,7 @@ class Tuning(Options):
     seeds: tuple[int, ...] = Field(min_length=1, description="Seeds, none of them among the study's `seeds`.")
     grid: dict[str, tuple[int | float, ...]] = Field(min_length=1, description="Values that every variant may take.")
     extra: dict[str, dict[str, tuple[int | float, ...]]] = Field({}, description="More, for single variants.")
+    overrides: dict[str, JsonValue] = Field({}, description="On top of the study's, such as fewer ways of inference.")
 
 
 class Reduced(Options):
@@ -95,7 +96,9 @@ class Study(Options):
 
     def _check_variant(self, name: str, variant: Variant) -> None:
         fixed = [*RESERVED, *(["train.steps"] if self.steps else [])]
-        for where, keys in ((f"variants.{name}.set", variant.set), ("overrides", self.overrides)):
+        tuning = self.tuning.overrides if self.tuning else {}
+        places = ((f"variants.{name}.set", variant.set), ("overrides", self.overrides), ("tuning.overrides", tuning))
+        for where, keys in places:
             if clash := [key for key in keys if key in fixed]:
                 raise ValueError(f"{where}: {clash[0]!r} is the study's to set; leave it out")
         tuned = self.tuning.grid.keys() | self.tuning.extra.get(name, {}).keys() if self.tuning else set()
@@ -211,9 +214,16 @@ class Bench:
             raise ConfigError(f"override {clash[0]!r}: that is the study's to set; change the study's file")
 
     def job(
-        self, variant: str, tasks: Sequence[str], order: int, seed: int, steps: int | None, setting: Mapping[str, Any]
+        self,
+        variant: str,
+        tasks: Sequence[str],
+        order: int,
+        seed: int,
+        steps: int | None,
+        setting: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
     ) -> Job:
-        """The run of a variant on these tasks.
+        """The run of a variant on these tasks; `overrides` come on top of the study's.
 
         Raises:
             ConfigError: the configuration can't be run.
@@ -225,7 +235,8 @@ class Bench:
             fixed["train.steps"] = steps
         if _has_seed(chosen.method):
             fixed[f"{chosen.method}.seed"] = seed  # what a method draws differs from run to run too
-        texts = [*_texts(study.overrides), *self.overrides, *_texts(setting), *_texts(chosen.set), *_texts(fixed)]
+        shared = [*_texts(study.overrides), *_texts(overrides or {}), *self.overrides]
+        texts = [*shared, *_texts(setting), *_texts(chosen.set), *_texts(fixed)]
         try:
             config = load_config(recipe_path(study.recipe), texts)
         except ConfigError as error:

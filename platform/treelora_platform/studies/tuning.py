@@ -13,10 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from treelora.data.files import write_bytes_atomically
 from treelora.errors import DataError
-from treelora_platform.prepare import run_folder
-from treelora_platform.studies.run import is_complete
+from treelora_platform.studies.finished import finished
 from treelora_platform.studies.spec import Bench, Job, Setting, Study
-from treelora_platform.summary import summarise
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def tuning_jobs(bench: Bench, variants: Iterable[str]) -> list[Job]:
     if not tuning:
         return []
     return [
-        bench.job(variant, tasks, place, seed, steps, setting)
+        bench.job(variant, tasks, place, seed, steps, setting, tuning.overrides)
         for variant in variants
         for setting in settings_of(bench.study, variant)
         for seed in tuning.seeds
@@ -95,10 +93,10 @@ def tuned_from_runs(bench: Bench, variants: Iterable[str], failed: Iterable[str]
         jobs = tuning_jobs(bench, [variant])
         for job in jobs:
             op = None
-            if is_complete(job.config):
-                scores = summarise(run_folder(job.config)).modes.get(mode)
+            if run := finished(job.config):
+                scores = run.modes.get(mode)
                 if scores is None or scores.op is None:
-                    raise DataError(f"{run_folder(job.config)}: has no scores of mode {mode!r}, which {variant} is for")
+                    raise DataError(f"{run.run}: has no scores of mode {mode!r}, which {variant} is for")
                 op = scores.op
             elif job.config.name not in in_vain:
                 break

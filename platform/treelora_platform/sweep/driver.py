@@ -201,7 +201,7 @@ def room_for(base: ExperimentConfig, spec: SweepSpec) -> int:
 
     have = ray.cluster_resources()
     counts = [int(value) for value in spec.lists.get("cluster.workers", []) if isinstance(value, int)]
-    workers = max([base.cluster.workers, *counts])
+    workers = max([1, base.cluster.workers, *counts])
     need = {"CPU": workers * base.cluster.cpus_per_worker, "GPU": workers * base.cluster.gpus_per_worker}
     rooms = {kind: have.get(kind, 0.0) / amount for kind, amount in need.items() if amount}
     if scarce := [kind for kind, room in rooms.items() if room < 1]:

@@ -11,7 +11,7 @@ import ray
 from ray.tune import Trainable
 
 from treelora_platform.prepare import run_folder
-from treelora_platform.studies.run import is_complete
+from treelora_platform.run_record import finished_record
 from treelora_platform.sweep.child import Child, last_words
 from treelora_platform.sweep.journal import Journal
 from treelora_platform.sweep.scoreboard import Scoreboard
@@ -45,7 +45,7 @@ class Trial(Trainable):
         known = Journal(sweep_dir / "trials.jsonl").latest().get(self.config_of_run.name)
         self.stopped_at = known.tasks if known and known.status == "stopped" else None
         self.child: Child | None = None
-        if self.stopped_at is None and not is_complete(self.config_of_run):
+        if self.stopped_at is None and not finished_record(self.config_of_run):
             job = {"config": settings, "values": self.values, "parent_run_id": config["parent_run_id"]}
             environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
             self.child = Child(sweep_dir / "jobs" / f"{self.trial_id}.json", job, environment)
