@@ -16,6 +16,7 @@ from treelora.data.task import Task
 from treelora.engine import Engine, OptimizerSpec
 from treelora.errors import ConfigError
 from treelora.evaluation.evaluator import Evaluator
+from treelora.evaluation.frozen_cache import FrozenCache
 from treelora.evaluation.reader import EvaluationOptions, Reader, TextReader
 from treelora.image_data import StreamClasses
 from treelora.loop import Hooks, StreamLoop
@@ -85,7 +86,9 @@ def assemble(
     else:
         units, tests = text_data(config, tasks, tokenizer, cache, engine.module)
         partitioned = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
-        reader = TextReader(engine, tests, options, tokenizer, partitioned)
+        reader = TextReader(
+            engine, tests, options, tokenizer, partitioned, FrozenCache(cache.parent / "frozen", engine.module)
+        )
     if engine.rank == 0:
         engine.broadcast(None)
     alignment = HeadAlignment(config.vision, config.seed) if config.images and config.vision.align else None

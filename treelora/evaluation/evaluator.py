@@ -32,7 +32,7 @@ from treelora.memory_records import Groups
 from treelora.training_data import Split, TestSplit
 from treelora.tree import SignatureTree
 
-MEAN = "mean"
+MEAN, BASE = "mean", "base"
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,13 @@ class Evaluator:
         rows, scores = [(task, row) for row in range(len(self.tests[task]))], []
         for key, adapter, index, name in (
             ("unlearnt", None, after, after_name),
-            ("base", self._no_adapter, BEFORE_TRAINING, ""),
+            (BASE, self._no_adapter, BEFORE_TRAINING, ""),
         ):
             begin = time.perf_counter()
             answers = self._with_adapter(key, adapter, rows, range(task + 1))
             scores.append(self._score("last", task, index, name, answers, time.perf_counter() - begin))
         kept = self._answers.items()
-        self._answers = {asked: answer for asked, answer in kept if asked[0] not in ("unlearnt", "base")}
+        self._answers = {asked: answer for asked, answer in kept if asked[0] not in ("unlearnt", BASE)}
         return scores
 
     def router_report(self, seen: Sequence[int]) -> RouterReport | None:
@@ -218,17 +218,18 @@ class Evaluator:
             with self.engine.using_adapter(adapter() if adapter else None):
                 for kind in self.reader.kinds:
                     part = [row for row in missing if self.tests[row[0]].task.kind == kind]
-                    for row, answer in zip(part, self._shared(part, kind, seen), strict=True):
+                    read = self.reader.base_answers if key == BASE else self.reader.answers
+                    for row, answer in zip(part, self._shared(part, partial(read, kind, seen=seen)), strict=True):
                         self._answers[key, row] = answer
         return {row: self._answers[key, row] for row in rows}
 
-    def _shared(self, rows: Sequence[Row], kind: str, seen: Sequence[int]) -> list[str]:
+    def _shared(self, rows: Sequence[Row], read: Callable[[Sequence[Row]], list[str]]) -> list[str]:
         """Answers of all rows, each worker computing its share; equal shares, because ZeRO-3 runs in lockstep."""
         world = self.engine.world_size
         if not rows:
             return []
         padded = list(rows) + [rows[0]] * (-len(rows) % world)
-        parts = self.engine.gather(self.reader.answers(kind, padded[self.engine.rank :: world], seen))
+        parts = self.engine.gather(read(padded[self.engine.rank :: world]))
         return [parts[i % world][i // world] for i in range(len(rows))]
 
     def _measure(self, test: TestSplit, answers: Sequence[str]) -> float:

@@ -51,6 +51,10 @@ class ImageReader:
                 places += _best(logits_nC.float().cpu(), self.classes, some, seen)
         return [self.classes.names[place] for place in places]
 
+    def base_answers(self, kind: str, rows: Sequence[Row], seen: Sequence[int]) -> list[str]:
+        """See `Reader`."""
+        return self.answers(kind, rows, seen)
+
     def features(self, split: Split, places: Sequence[int]) -> Tensor:
         """See `Reader`."""
         with evaluating(self.engine.module), adapters_off(self.engine.module):

@@ -11,6 +11,7 @@ from torch import Tensor
 from treelora.engine import Engine
 from treelora.evaluation.choice import score_choices
 from treelora.evaluation.features import prompt_features
+from treelora.evaluation.frozen_cache import FrozenCache
 from treelora.evaluation.generate import generate_answers
 from treelora.training_data import Split, TestSplit
 
@@ -40,6 +41,10 @@ class Reader(Protocol):
 
     def answers(self, kind: str, rows: Sequence[Row], seen: Sequence[int]) -> list[str]:
         """An answer a row, where the tasks `seen` were learnt."""
+        ...
+
+    def base_answers(self, kind: str, rows: Sequence[Row], seen: Sequence[int]) -> list[str]:
+        """The same while the engine computes without adapter."""
         ...
 
     def features(self, split: Split, places: Sequence[int]) -> Tensor:
@@ -82,24 +87,40 @@ class TextReader:
         options: EvaluationOptions,
         tokenizer: Any,
         partitioned: bool = False,
+        cache: FrozenCache | None = None,
     ):
         self.engine, self.tests, self.options = engine, tests, options
         self.tokenizer, self.pad_id, self.partitioned = tokenizer, tokenizer.pad_token_id, partitioned
+        # where weights are partitioned, ranks compute in lockstep, and one must not find what another lacks
+        self.cache = None if partitioned else cache
 
     def answers(self, kind: str, rows: Sequence[Row], seen: Sequence[int]) -> list[str]:
         """See `Reader`."""
         return self._choose(rows) if kind == "choice" else self._generate(rows)
 
+    def base_answers(self, kind: str, rows: Sequence[Row], seen: Sequence[int]) -> list[str]:
+        """See `Reader`."""
+        if kind != "choice" or not self.cache:
+            return self.answers(kind, rows, seen)
+        asked = [[self._prompt_ids(row), self._choice_ids(row)] for row in rows]
+        return self.cache.answers([self.options.batch_rows, asked], lambda: self._choose(rows))
+
     def features(self, split: Split, places: Sequence[int]) -> Tensor:
         """See `Reader`."""
-        return prompt_features(
-            self.engine.module,
-            [split.rows.prompt_ids(int(split.chosen[place])).tolist() for place in places],
-            layer=max(1, self.options.router_layer),
-            pad_id=self.pad_id,
-            batch_rows=self.options.batch_rows,
-            device=self.engine.device,
-        )
+        prompts = [split.rows.prompt_ids(int(split.chosen[place])).tolist() for place in places]
+        layer = max(1, self.options.router_layer)
+
+        def compute() -> Tensor:
+            return prompt_features(
+                self.engine.module,
+                prompts,
+                layer=layer,
+                pad_id=self.pad_id,
+                batch_rows=self.options.batch_rows,
+                device=self.engine.device,
+            )
+
+        return self.cache.features([layer, self.options.batch_rows, prompts], compute) if self.cache else compute()
 
     def router_rows(self, train: Split) -> tuple[list[int], Tensor | None]:
         """See `Reader`."""
