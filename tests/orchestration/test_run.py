@@ -91,6 +91,13 @@ def test_a_run_of_an_earlier_version_is_the_same_run(whole: Path, console: Conso
     assert run_experiment(config_in(tmp_path), console).already_complete
 
 
+def test_a_run_without_ray_is_the_same_run(console: Console, tmp_path: Path) -> None:
+    settings = {"engine": {"kind": "torch"}, "checkpoint": {"every_steps": None}}
+    on_ray = run_experiment(config_in(tmp_path / "ray", cluster={"workers": 1}, **settings), console).run_dir
+    here = run_experiment(config_in(tmp_path / "here", cluster={"workers": 0}, **settings), console).run_dir
+    assert Result.of(here) == Result.of(on_ray)
+
+
 def test_another_configuration_is_refused(whole: Path, console: Console) -> None:
     changed = config_in(whole.parent, train={"steps": STEPS, "learning_rate": 0.5})
     with pytest.raises(ConfigError, match=r"train.learning_rate: 0.02 -> 0.5\n"):

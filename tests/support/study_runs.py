@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 
 from tests.support.run_dir import SyntheticRun
@@ -72,3 +74,23 @@ def break_run(config: ExperimentConfig) -> None:
     """Make a complete run look interrupted."""
     path = run_folder(config) / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "KILLED"}))
+
+
+def lane_run(config: ExperimentConfig, console: object) -> None:
+    """Runs for lanes, which take what can be pickled: `ewc` fails, `joint` kills its process, others end at 80 %.
+
+    `sequential` says that it has begun, and then waits to be interrupted, as long as there is a file `wait`.
+    """
+    folder = run_folder(config).parent
+    if config.method == "ewc":
+        raise RuntimeError("the disk is full")
+    if config.method == "joint":
+        os._exit(9)
+    if config.method == "sequential" and (folder / "wait").exists():
+        (folder / f"begun-{config.name}").touch()
+        try:
+            time.sleep(600)
+        except KeyboardInterrupt:
+            (folder / f"stopped-{config.name}").touch()
+            raise
+    fake_run(lambda config: 80)(config, console)

@@ -210,7 +210,7 @@ def test_the_page_s_example_is_a_study():
 
 def test_the_shipped_studies_meet_confusable_pairs_and_share_their_runs(tmp_path):
     studies = {path.stem: load_study(path) for path in SHIPPED}
-    pairs = ({"MNLI", "CB"}, {"MNLI", "RTE"}, {"SST-2", "amazon"})
+    pairs = ({"MNLI", "CB"}, {"SST-2", "amazon"})
     orders = [set(order) for order in studies["cl_benchmark"].orders]
     assert all(any(pair <= order for order in orders) for pair in pairs)
     names = [

@@ -1,6 +1,7 @@
 """Running a study: nothing twice, failures beside the others, and tuning; no training."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -9,7 +10,8 @@ from rich.console import Console
 from tests.support.study_runs import STUDY, break_run, fake_run
 from treelora.errors import DataError
 from treelora_platform.prepare import run_folder
-from treelora_platform.studies.run import Entry, Log, distinct, estimate, is_complete, missing, run_jobs
+from treelora_platform.studies.finished import FILE, finished, log_of
+from treelora_platform.studies.run import Entry, Log, distinct, estimate, missing, run_jobs
 from treelora_platform.studies.spec import Bench, Study
 from treelora_platform.studies.tuning import (
     Trial,
@@ -56,7 +58,7 @@ def test_what_is_done_is_not_repeated(bench, log, console, tmp_path):
     run = fake_run(lambda config: 80, seen)
     assert run_jobs(jobs, log, console, run) == []
     assert seen == [job.config.name for job in jobs]
-    assert all(is_complete(job.config) for job in jobs)
+    assert all(finished(job.config) for job in jobs)
     assert run_jobs(jobs, log, console, run) == []
     assert len(seen) == len(jobs) == 8
     # last: learnt at 80, the first of two tasks loses 10
@@ -66,7 +68,8 @@ def test_what_is_done_is_not_repeated(bench, log, console, tmp_path):
 
 def test_an_interrupted_run_is_gone_on_with(bench, log, console):
     jobs = bench.compared(["sequential"], {})
-    run_jobs(jobs, log, console, fake_run(lambda config: 80))
+    for job in jobs:
+        fake_run(lambda config: 80)(job.config, console)
     break_run(jobs[2].config)
     assert missing(jobs) == [jobs[2]]
     seen = []
@@ -82,10 +85,25 @@ def test_an_interrupted_run_is_gone_on_with(bench, log, console):
 
 def test_a_run_of_another_configuration_is_not_complete(bench, log, console):
     [job, *_] = bench.compared(["sequential"], {})
-    run_jobs([job], log, console, fake_run(lambda config: 80))
+    fake_run(lambda config: 80)(job.config, console)
     path = run_folder(job.config) / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"config_hash": "another"}))
-    assert not is_complete(job.config)
+    assert not finished(job.config)
+
+
+def test_the_line_of_a_run_outlives_its_folder(bench, log, console, tmp_path):
+    jobs, seen = bench.compared(["treelora"], {}), []
+    run = fake_run(lambda config: 80, seen)
+    run_jobs(jobs, log, console, run)
+    before = [finished(job.config) for job in jobs]
+    shutil.rmtree(tmp_path / "runs")
+    assert [finished(job.config) for job in jobs] == before
+    assert before[0].modes["routed"].op == 80
+    assert before[0].modes["last"].matrix == ((80.0, 70.0), (None, 80.0))
+    assert run_jobs(jobs, log, console, run) == []
+    assert len(seen) == len(log_of(jobs[0].config).entries()) == 4  # nothing twice, on disk neither
+    (tmp_path / FILE).write_text("")
+    assert missing(jobs) == jobs
 
 
 def test_variants_that_amount_to_the_same_are_run_once(log, console, tmp_path):
@@ -108,7 +126,7 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(bench, log, console, 
             good(config, console)
 
     assert run_jobs(jobs, log, console, run) == [jobs[1], jobs[3]]
-    assert [is_complete(job.config) for job in jobs] == [True, False, True, False, True, True, True, True]
+    assert [bool(finished(job.config)) for job in jobs] == [True, False, True, False, True, True, True, True]
     failures = log.failures(jobs)
     assert [job for job, _ in failures] == [jobs[1], jobs[3]]
     assert failures[0][1] == "the disk is [full]"

@@ -21,7 +21,6 @@ from treelora.options.tree import TreeLoRAOptions
 from treelora.signature import GradientProbe, adapter_value_vectors, gradient_vectors
 from treelora.sketch import CountSketch, normalise
 
-
 STEPS_A_PROBE, MOST_PROBES = 25, 4
 
 

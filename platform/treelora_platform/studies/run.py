@@ -91,7 +91,7 @@ def run_jobs(jobs: Sequence[Job], log: Log, console: Console, run: Run = run_exp
     left = missing(jobs)
     total, failed, waiting = len(distinct(jobs)), [], list(left)
     carry_out = run_in_lanes if lanes > 1 else run_in_turn
-    for job, error, seconds in carry_out(left, run, console, lanes):
+    for job, (error, seconds) in carry_out(left, run, console, lanes):
         waiting.remove(job)
         found = None if error else keep(job.config)
         if not error and not found:
