@@ -1,8 +1,8 @@
 """Attention for rows laid end to end in one packed row, each by itself, on a CPU.
 
 Under a mask, attention computes every pair of tokens of the packed row and throws away those of different rows; and
-the backward pass of torch's fused kernel is slow on CPUs (benchmarks/attention.py). Here each row attends to itself, by
-plain matrix products.
+the backward pass of torch's fused kernel is slow on CPUs (benchmarks/row_attention.py). Here each row attends to
+itself, by plain matrix products.
 
 Shapes: H query heads, G key heads, r = H / G, L tokens of the packed row, T of one row, D numbers a head.
 """
