@@ -46,17 +46,9 @@ def main() -> None:
         tokenizer = load_tokenizer(config.model.name)
         units, _ = text_data(config, tasks, tokenizer, cache_folder(config) / "tokens", model)
         table = Table(title=f"a step's forward and backward, {args.threads} thread(s)", caption=footer())
-        for column in (
-            "task",
-            "tokens",
-            "by row (s)",
-            "mask (s)",
-            "padded (s)",
-            "mask / by row",
-            "padded / by row",
-            "loss",
-        ):
-            table.add_column(column, justify="left" if column == "task" else "right")
+        table.add_column("task")
+        for column in ("tokens", "by row (s)", "mask (s)", "padded (s)", "mask / by row", "padded / by row", "losses"):
+            table.add_column(column, justify="right")
         for unit in units:
             table.add_row(*measured(model, unit, args.steps))
     Console(width=160).print(table)
