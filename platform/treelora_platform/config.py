@@ -194,6 +194,11 @@ class ExperimentConfig(Options):
         plain["cluster"] = {k: v for k, v in plain["cluster"].items() if k not in IDLE_CLUSTER_SETTINGS}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
+    def digest_anywhere(self) -> str:
+        """`digest`, wherever the data lie: for records that are read on other machines."""
+        stream, *later = (part.model_copy(update={"path": None}) for part in (self.stream, *self.extensions))
+        return self.model_copy(update={"stream": stream, "extensions": tuple(later)}).digest()
+
     def as_yaml(self) -> str:
         """The configuration as YAML that `load_config` takes."""
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)

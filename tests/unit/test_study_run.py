@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import yaml
+from pydantic import ValidationError
 from rich.console import Console
 
 from tests.support.study_runs import STUDY, break_run, fake_run
@@ -104,6 +105,21 @@ def test_the_line_of_a_run_outlives_its_folder(bench, log, console, tmp_path):
     assert len(seen) == len(log_of(jobs[0].config).entries()) == 4  # nothing twice, on disk neither
     (tmp_path / FILE).write_text("")
     assert missing(jobs) == jobs
+
+
+def test_lines_are_found_wherever_the_data_lie(log, console, tmp_path):
+    imported = PLAIN | {"recipe": "cl-benchmark-small", "overrides": {"stream.path": "here"}}
+    here, there = (
+        Bench(Study.model_validate(imported), tmp_path),
+        Bench(Study.model_validate(imported), tmp_path, ("stream.path=/elsewhere",)),
+    )
+    runs = [b.compared(["sequential"], {}) for b in (here, there)]
+    run_jobs(runs[0], log, console, fake_run(lambda config: 80))
+    assert [job.config.digest() for job in runs[0]] != [job.config.digest() for job in runs[1]]
+    assert missing(runs[1]) == []
+    twin = {"twin": {"method": "sequential", "set": {"stream.path": "elsewhere"}}}
+    with pytest.raises(ValidationError, match=r"variants.twin.set: 'stream.path' is the same for all runs"):
+        Study.model_validate(imported | {"variants": PLAIN["variants"] | twin})
 
 
 def test_variants_that_amount_to_the_same_are_run_once(log, console, tmp_path):

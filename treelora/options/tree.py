@@ -66,7 +66,7 @@ class TreeLoRAOptions(Options):
         None,
         ge=1,
         description="Global batches that the signature of a task is measured on; null: one for every 25 steps of the "
-        "task, from 1 to 4, so that it takes a twenty-fifth of the task's time.",
+        "task, from 1 to 4.",
     )
     budget_mib: float | None = Field(
         None, gt=0, description="Most that past tasks may take, in MiB; beyond it the two closest are merged."

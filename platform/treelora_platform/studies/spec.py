@@ -25,6 +25,8 @@ from treelora_platform.settings_file import read_mapping, validated
 Setting = dict[str, int | float]
 """Dotted keys of the configuration, and the value of each that tuning chose or tries."""
 RESERVED = ("name", "method", "seed", "output_dir", "stream.order", "stream.seed")
+PLACES = ("stream.path",)
+"""Where things lie is said for all runs, for it isn't part of a run's name."""
 
 
 class Variant(Options):
@@ -99,6 +101,8 @@ class Study(Options):
         tuning = self.tuning.overrides if self.tuning else {}
         places = ((f"variants.{name}.set", variant.set), ("overrides", self.overrides), ("tuning.overrides", tuning))
         for where, keys in places:
+            if where != "overrides" and (clash := [key for key in keys if key in PLACES]):
+                raise ValueError(f"{where}: {clash[0]!r} is the same for all runs; move it to overrides, or to --set")
             if clash := [key for key in keys if key in fixed]:
                 raise ValueError(f"{where}: {clash[0]!r} is the study's to set; leave it out")
         tuned = self.tuning.grid.keys() | self.tuning.extra.get(name, {}).keys() if self.tuning else set()
@@ -241,7 +245,7 @@ class Bench:
             config = load_config(recipe_path(study.recipe), texts)
         except ConfigError as error:
             raise ConfigError(f"variant {variant!r}: {error}") from None
-        name = f"{chosen.method}-s{seed}-{config.digest()[:12]}"
+        name = f"{chosen.method}-s{seed}-{config.digest_anywhere()[:12]}"
         return Job(variant, order, seed, steps, dict(setting), config.model_copy(update={"name": name}))
 
     def compared(self, variants: Iterable[str], settings: Mapping[str, Setting]) -> list[Job]:
