@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,8 @@ class MlflowServer:
         for logger in ("mlflow.store.db.utils", "alembic"):  # a page of log lines for each new database
             logging.getLogger(logger).setLevel(logging.WARNING)
         self.address = address
-        self.client = MlflowClient(address, registry_uri=address)
+        with _alone(address):
+            self.client = MlflowClient(address, registry_uri=address)
 
     def open_run(self, plan: RunPlan) -> str:
         """Open the run with the plan's key again, or a new one; returns its id."""
@@ -234,6 +236,19 @@ class MlflowServer:
         if found.lifecycle_stage != "active":
             raise MlflowException(f"experiment {name!r} was deleted; restore it, or choose another name")
         return found.experiment_id
+
+
+@contextmanager
+def _alone(address: str) -> Iterator[None]:
+    """Where two processes make the tables of one SQLite file at the same time, MLflow fails in one of them."""
+    _, is_file, database = address.partition("sqlite:///")
+    if not is_file or not Path(database).parent.is_dir():
+        yield
+        return
+    from filelock import FileLock
+
+    with FileLock(f"{database}.lock"):
+        yield
 
 
 class Uploader(BackgroundSender):

@@ -220,6 +220,25 @@ def test_starting_again_continues_the_same_run(tmp_path, database):
     assert json.loads((run.path / "tracking.json").read_text())["finish"] is None
 
 
+def test_runs_that_make_the_database_at_the_same_time(tmp_path):
+    code = (
+        "import sys; from treelora_platform.tracking import start_run\n"
+        f"sys.stdin.readline(); print(start_run('sqlite:///{tmp_path}/mlflow.db', 'together', 'run', {{}}))"
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for run in runs:
+        run.stdin.write("go\n")
+        run.stdin.flush()
+    said = [run.communicate(timeout=300)[0].strip() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert len(set(said)) == 3
+    client = MlflowServer(f"sqlite:///{tmp_path}/mlflow.db").client
+    assert {run.info.run_id for run in client.search_runs(["1"])} == set(said)
+
+
 def test_children_know_their_parent(tmp_path, database):
     parent = start_run(database, "exp", "sweep", {"sweep.trials": 2}, base=tmp_path)
     child = start_run(database, "exp", "trial", {}, {}, parent, base=tmp_path)
