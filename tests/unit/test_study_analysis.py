@@ -14,7 +14,14 @@ from tests.support.study_runs import STUDY, fake_run
 from treelora.simulation.statistics import Interval
 from treelora_platform.sheets import Sheet, markdown, records_table, render, show_interval, write_sheets
 from treelora_platform.statistics import mean_interval, paired
-from treelora_platform.studies.analysis import ablation, cost_to_reach, differences, equal_quality, standings
+from treelora_platform.studies.analysis import (
+    ablation,
+    against_champion,
+    cost_to_reach,
+    differences,
+    equal_quality,
+    standings,
+)
 from treelora_platform.studies.figures import group_of, study_figures
 from treelora_platform.studies.rows import Row, at_equal_steps, collect, rows_table
 from treelora_platform.studies.run import Log, run_jobs
@@ -115,6 +122,41 @@ def test_differences_are_paired_and_corrected_within_mode_and_score(study):
 def test_other_ways_of_inference_are_other_comparisons(study):
     rows = rows_of("treelora", [50.0]) + rows_of("sequential", [60.0], mode="routed")
     assert differences(study, rows) == []
+
+
+def test_the_champion_meets_each_in_its_own_way_of_inference():
+    more = {
+        "plus": {"method": "treelora", "tuned_as": "treelora", "mode": "routed"},
+        "hidelora": {"method": "hidelora", "mode": "routed"},
+    }
+    study = Study.model_validate(PLAIN | {"variants": PLAIN["variants"] | more, "champion": "plus"})
+    rows = rows_of("treelora", [50.0, 52.0, 54.0, 56.0]) + rows_of("plus", [70.0, 72.0, 74.0, 76.0], mode="routed")
+    rows += rows_of("sequential", [60.0, 61.0, 62.0, 63.0], bwt=9.0) + rows_of("sequential", [99.0] * 4, mode="routed")
+    rows += rows_of("hidelora", [71.0, 71.0, 75.0, 75.0], mode="routed") + rows_of("hidelora", [1.0] * 4)
+    rows += rows_of("joint", [90.0] * 4, bwt=None)
+    found = {(one.variant, one.metric): one for one in against_champion(study, rows)}
+    # neither bounds nor other rows of its own method
+    assert list(found) == [("sequential", "op"), ("hidelora", "op"), ("sequential", "bwt"), ("hidelora", "bwt")]
+    assert found["sequential", "op"].found == paired([-10.0, -11.0, -12.0, -13.0])
+    assert found["hidelora", "op"].found == paired([1.0, -1.0, 1.0, -1.0])
+    assert found["sequential", "bwt"].found.bootstrap == Interval(8.0, 8.0, 8.0)
+    assert [one.mode for one in found.values()] == ["last", "routed", "last", "routed"]
+    sheet = differences_sheet(study, list(found.values()), champion=True)
+    assert (sheet.title, sheet.notes[0].split(",")[0]) == ("small: differences from plus", "variant less plus")
+    # the champion's runs are the reference's: no rival of it, and shown in one way of inference only
+    assert study.twin_of_reference("plus")
+    assert ("plus", "routed") not in {(one.variant, one.mode) for one in differences(study, rows)}
+
+
+def test_the_twin_of_the_reference_is_run_once_and_shown_in_its_own_way(tmp_path):
+    more = {"plus": {"method": "treelora", "tuned_as": "treelora", "mode": "routed"}}
+    study = Study.model_validate(PLAIN | {"variants": {**PLAIN["variants"], **more}, "champion": "plus"})
+    jobs, seen = Bench(study, tmp_path / "runs").compared(["treelora", "plus"], {}), []
+    with open(tmp_path / "log.txt", "w") as file:
+        run_jobs(jobs, Log(tmp_path / "log.jsonl"), Console(file=file), fake_run(lambda config: 80, seen))
+    assert (len(jobs), len(seen)) == (8, 4)
+    found = [(row.variant, row.mode) for row in collect(study, jobs[:2])]
+    assert found == [("treelora", "last"), ("treelora", "routed"), ("plus", "routed")]
 
 
 def test_the_ablation_holds_each_row_against_the_first(study):

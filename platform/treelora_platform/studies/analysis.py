@@ -148,20 +148,41 @@ def _given(study: Study, name: str, mode: str) -> list[str]:
 
 def differences(study: Study, rows: Sequence[Row], metrics: Sequence[Metric] = METRICS) -> list[Difference]:
     """Every variant that learns in order against the reference, each family corrected by Holm; bounds don't compete."""
+    rivals = (name for name in study.variants if study.in_order(name) and not study.twin_of_reference(name))
+    names = [name for name in rivals if name != study.reference]
     found = []
     for mode in modes_in(rows):
         for metric in metrics:
             base = values_of(rows, study.reference, mode, metric)
-            family: dict[str, Paired] = {}
-            for name in filter(study.in_order, study.variants):
-                if name != study.reference and (shared := _differences(values_of(rows, name, mode, metric), base)):
-                    family[name] = paired(shared)
-            corrected = holm([one.p for one in family.values()])
-            found += [
-                Difference(name, mode, metric, one, p, len(family))
-                for (name, one), p in zip(family.items(), corrected, strict=True)
-            ]
+            found += _family(rows, dict.fromkeys(names, mode), metric, base)
     return found
+
+
+def against_champion(study: Study, rows: Sequence[Row], metrics: Sequence[Metric] = METRICS) -> list[Difference]:
+    """Every other method against the champion, each variant in its own way of inference; corrected by Holm."""
+    if not study.champion:
+        return []
+    own = {name: variant.mode for name, variant in study.variants.items() if study.competes(name)}
+    mode = study.variants[study.champion].mode
+    return [
+        found
+        for metric in metrics
+        for found in _family(rows, own, metric, values_of(rows, study.champion, mode, metric))
+    ]
+
+
+def _family(
+    rows: Sequence[Row], modes: Mapping[str, str], metric: Metric, base: Mapping[Pair, float]
+) -> list[Difference]:
+    family: dict[str, Paired] = {}
+    for name, mode in modes.items():
+        if shared := _differences(values_of(rows, name, mode, metric), base):
+            family[name] = paired(shared)
+    corrected = holm([one.p for one in family.values()])
+    return [
+        Difference(name, modes[name], metric, one, p, len(family))
+        for (name, one), p in zip(family.items(), corrected, strict=True)
+    ]
 
 
 def _differences(values: Mapping[Pair, float], base: Mapping[Pair, float]) -> list[float]:

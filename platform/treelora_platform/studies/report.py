@@ -10,7 +10,7 @@ from rich.console import Console
 
 from treelora.data.files import write_bytes_atomically
 from treelora_platform.sheets import Sheet, markdown, render, write_sheets, write_table
-from treelora_platform.studies.analysis import ablation, differences, equal_quality, standings
+from treelora_platform.studies.analysis import ablation, against_champion, differences, equal_quality, standings
 from treelora_platform.studies.figures import save_study_figures
 from treelora_platform.studies.rows import Row, at_equal_steps, collect, rows_table
 from treelora_platform.studies.run import Log, distinct, missing
@@ -80,6 +80,8 @@ def write_results(bench: Bench, tuned: dict[str, Tuned], log: Log, out: Path, co
         console.print("no run of the comparison is complete yet: no tables")
         return
     sheets = [standings_sheet(study, standings(study, full)), differences_sheet(study, differences(study, full))]
+    if study.champion:
+        sheets.append(differences_sheet(study, against_champion(study, full), champion=True))
     if study.ablation:
         sheets.append(ablation_sheet(study, ablation(study, full)))
     if len(study.steps) > 1:

@@ -45,14 +45,17 @@ class Row:
 
 
 def collect(study: Study, jobs: Iterable[Job]) -> list[Row]:
-    """Rows of all complete runs among the jobs, in their order; of a bound, in its own way of inference only.
+    """Rows of all complete runs among the jobs, in their order.
+
+    Of a bound, and of the reference's twin, in its own way of inference only.
 
     Raises:
         DataError: a table of a run is damaged.
     """
     rows = [row for job in jobs if (found := finished(job.config)) for row in rows_of(job, found)]
     # a bound has one adapter at most, so that ways of inference make no difference
-    return [row for row in rows if study.in_order(row.variant) or row.mode == study.variants[row.variant].mode]
+    whole = {name for name in study.variants if study.in_order(name) and not study.twin_of_reference(name)}
+    return [row for row in rows if row.variant in whole or row.mode == study.variants[row.variant].mode]
 
 
 def rows_of(job: Job, found: Finished) -> list[Row]:

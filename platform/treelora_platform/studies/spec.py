@@ -64,6 +64,9 @@ class Study(Options):
     recipe: str = Field(description="Recipe or file that every run's configuration starts from.")
     overrides: dict[str, JsonValue] = Field({}, description="Dotted keys that all runs share.")
     reference: str = Field(description="The variant that all others are held against.")
+    champion: str | None = Field(
+        None, description="A variant to hold all others against as they are meant: each in its own way of inference."
+    )
     variants: dict[str, Variant] = Field(min_length=1)
     orders: tuple[tuple[str, ...], ...] = Field(min_length=1, description="Task names in order of arrival.")
     seeds: tuple[int, ...] = Field(min_length=1)
@@ -76,7 +79,12 @@ class Study(Options):
     @model_validator(mode="after")
     def _fits(self) -> Study:
         known = self.variants
-        asked = {"reference": [self.reference], "quality": self.quality, "ablation": self.ablation.values()}
+        asked = {
+            "reference": [self.reference],
+            "champion": [self.champion] if self.champion else [],
+            "quality": self.quality,
+            "ablation": self.ablation.values(),
+        }
         asked |= {"tuning.extra": self.tuning.extra if self.tuning else (), "tuned_as": self._inherited()}
         for key, names in asked.items():
             if missing := [name for name in names if name not in known]:
@@ -146,6 +154,16 @@ class Study(Options):
         """Whether the variant has anything to tune."""
         method = METHODS.get(self.variants[variant].method)
         return not method or method.trains
+
+    def competes(self, variant: str) -> bool:
+        """Whether the variant is held against the champion: neither a bound nor the champion's own method."""
+        method = self.variants[variant].method
+        return self.in_order(variant) and (not self.champion or method != self.variants[self.champion].method)
+
+    def twin_of_reference(self, variant: str) -> bool:
+        """Whether the variant's runs are the reference's, looked at in another way of inference."""
+        mine, other = self.variants[variant], self.variants[self.reference]
+        return mine.tuned_as == self.reference and (mine.method, mine.set) == (other.method, other.set)
 
     def is_peer(self, variant: str) -> bool:
         """Neither TreeLoRA nor a bound, and no rows of earlier tasks: what equal quality is measured against."""

@@ -46,8 +46,8 @@ def standings_sheet(study: Study, found: Sequence[Standing]) -> Sheet:
     )  # fmt: skip
 
 
-def differences_sheet(study: Study, found: Sequence[Difference]) -> Sheet:
-    """Every variant against the reference."""
+def differences_sheet(study: Study, found: Sequence[Difference], champion: bool = False) -> Sheet:
+    """Every variant against the reference; or against the champion, each in its own way of inference."""
 
     def cells(one: Difference) -> Cells:
         pair = one.found
@@ -58,7 +58,9 @@ def differences_sheet(study: Study, found: Sequence[Difference]) -> Sheet:
         )  # fmt: skip
 
     notes = [
-        f"variant less {study.reference}, paired by (order, seed), in the same way of inference",
+        f"variant less {study.champion}, paired by (order, seed), each in its own way of inference"
+        if champion
+        else f"variant less {study.reference}, paired by (order, seed), in the same way of inference",
         "p: exact sign-flip test, two-sided; Holm: corrected over all variants of a group",
         "pairs needed: (2.8 sd / difference)^2 + 2, for 80 % power at 5 %, were this the true difference",
     ]
@@ -70,11 +72,11 @@ def differences_sheet(study: Study, found: Sequence[Difference]) -> Sheet:
             f"comparisons {min(1.0, family * least):.3g}; for one to get below 0.05 it takes {enough} pairs at least"
         )
     return Sheet(
-        "differences",
-        f"{study.name}: differences from {study.reference}",
+        "champion" if champion else "differences",
+        f"{study.name}: differences from {study.champion if champion else study.reference}",
         ("variant", "inference", "score", "pairs", "difference", "95 % t interval", "p", "least p", "p (Holm)",
          "pairs needed"),
-        in_blocks(found, lambda one: (one.mode, one.metric), cells),
+        in_blocks(found, lambda one: ("" if champion else one.mode, one.metric), cells),
         found,
         tuple(notes),
         texts=3,
