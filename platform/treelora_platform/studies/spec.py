@@ -79,12 +79,8 @@ class Study(Options):
     @model_validator(mode="after")
     def _fits(self) -> Study:
         known = self.variants
-        asked = {
-            "reference": [self.reference],
-            "champion": [self.champion] if self.champion else [],
-            "quality": self.quality,
-            "ablation": self.ablation.values(),
-        }
+        asked = {"reference": [self.reference], "quality": self.quality, "ablation": self.ablation.values()}
+        asked["champion"] = [self.champion] if self.champion else []
         asked |= {"tuning.extra": self.tuning.extra if self.tuning else (), "tuned_as": self._inherited()}
         for key, names in asked.items():
             if missing := [name for name in names if name not in known]:
