@@ -190,18 +190,29 @@ class ExperimentConfig(Options):
 
         Where it is kept and tracked, what is done about faults, and other methods' settings don't.
         """
-        plain = {k: v for k, v in self.in_use().items() if k not in ("output_dir", "tracking", "checkpoint", "name")}
-        plain["cluster"] = {k: v for k, v in plain["cluster"].items() if k not in IDLE_CLUSTER_SETTINGS}
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        return _digest(self.in_use())
 
-    def digest_anywhere(self) -> str:
-        """`digest`, wherever the data lie: for records that are read on other machines."""
-        stream, *later = (part.model_copy(update={"path": None}) for part in (self.stream, *self.extensions))
-        return self.model_copy(update={"stream": stream, "extensions": tuple(later)}).digest()
+    def lasting_digest(self) -> str:
+        """The same of what differs from the defaults, wherever the data lie: for records that are kept.
+
+        It stays what it is when the configuration gets more fields, or the data another place. Nor does it tell when
+        a default has changed: that is what a record's commit is for.
+        """
+        used = self.in_use()
+        given = {k: v for k, v in self.model_dump(mode="json", exclude_defaults=True).items() if k in used}
+        for part in (given.get("stream", {}), *given.get("extensions", ())):
+            part.pop("path", None)
+        return _digest(given)
 
     def as_yaml(self) -> str:
         """The configuration as YAML that `load_config` takes."""
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    plain = {k: v for k, v in settings.items() if k not in ("output_dir", "tracking", "checkpoint", "name")}
+    plain["cluster"] = {k: v for k, v in plain.get("cluster", {}).items() if k not in IDLE_CLUSTER_SETTINGS}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -229,6 +229,21 @@ def test_digest_is_of_what_determines_the_result() -> None:
     assert len({base.digest(), *(parse_config(plain).digest() for plain in binding)}) == 5
 
 
+def test_the_lasting_digest_is_of_what_differs_from_the_defaults() -> None:
+    base = parse_config({"stream": {"source": "olora", "path": "/here"}, "lora": {"rank": 9}})
+    for same in (
+        {"stream": {"source": "olora", "path": "/there"}},
+        {"lora": {"rank": 9, "alpha": 32.0}},  # the default
+        {"name": "n", "output_dir": "/else", "cluster": {"max_failures": 9}},
+        {"ewc": {"strength": 9.0}},  # of another method
+    ):
+        assert parse_config(base.as_dict() | same).lasting_digest() == base.lasting_digest()
+    others = [{"lora": {"rank": 8}}, {"lora": {"rank": 9, "alpha": 31.0}}, {"seed": 1}, {"method": "joint"}]
+    assert len({base.lasting_digest(), *(parse_config(base.as_dict() | o).lasting_digest() for o in others)}) == 5
+    # what is kept on disk is found by it: it must not change
+    assert base.lasting_digest()[:12] == "fab48f05c66a"
+
+
 def test_flat_keys() -> None:
     flat = parse_config(FULL).flat()
     assert flat["train.learning_rate"] == 1e-5

@@ -63,7 +63,7 @@ def test_a_job_is_what_the_study_and_the_variant_say(bench, study):
     assert (config.train.learning_rate, config.treelora.strength, config.train.steps) == (0.004, 0.5, 4)
     assert (config.seed, config.stream.seed, config.stream.order) == (1, 1, ("mood-colours", "time-colours"))
     assert config.output_dir == str(bench.runs)
-    assert config.name == f"treelora-s1-{config.digest()[:12]}"
+    assert config.name == f"treelora-s1-{config.lasting_digest()[:12]}"
     assert job.label == "routed, order 2, seed 1, 4 steps, learning_rate 0.004, strength 0.5"
 
 

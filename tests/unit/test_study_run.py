@@ -116,6 +116,7 @@ def test_lines_are_found_wherever_the_data_lie(log, console, tmp_path):
     runs = [b.compared(["sequential"], {}) for b in (here, there)]
     run_jobs(runs[0], log, console, fake_run(lambda config: 80))
     assert [job.config.digest() for job in runs[0]] != [job.config.digest() for job in runs[1]]
+    assert [job.config.name for job in runs[0]] == [job.config.name for job in runs[1]]
     assert missing(runs[1]) == []
     twin = {"twin": {"method": "sequential", "set": {"stream.path": "elsewhere"}}}
     with pytest.raises(ValidationError, match=r"variants.twin.set: 'stream.path' is the same for all runs"):

@@ -43,7 +43,7 @@ class Finished:
 
     run: str
     config_hash: str
-    """`ExperimentConfig.digest_anywhere`."""
+    """`ExperimentConfig.lasting_digest`."""
     data_hash: str
     commit: str
     """Of the source that the run was made with."""
@@ -78,7 +78,7 @@ def finished(config: ExperimentConfig) -> Finished | None:
     path = log_of(config).path
     stamp = path.stat().st_mtime_ns if path.exists() else 0
     known = _entries(path, stamp).get(config.name)
-    if known and known.config_hash == config.digest_anywhere():
+    if known and known.config_hash == config.lasting_digest():
         return known
     return _measured(config)
 
@@ -113,7 +113,7 @@ def _measured(config: ExperimentConfig) -> Finished | None:
     versions = {name: str(version) for name, version in record.get("versions", {}).items()}
     return Finished(
         run=config.name,
-        config_hash=config.digest_anywhere(),
+        config_hash=config.lasting_digest(),
         data_hash=str(record.get("data_hash", "")),
         commit=versions.pop("commit", "unknown"),
         versions=versions,

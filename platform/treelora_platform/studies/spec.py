@@ -259,7 +259,7 @@ class Bench:
             config = load_config(recipe_path(study.recipe), texts)
         except ConfigError as error:
             raise ConfigError(f"variant {variant!r}: {error}") from None
-        name = f"{chosen.method}-s{seed}-{config.digest_anywhere()[:12]}"
+        name = f"{chosen.method}-s{seed}-{config.lasting_digest()[:12]}"
         return Job(variant, order, seed, steps, dict(setting), config.model_copy(update={"name": name}))
 
     def compared(self, variants: Iterable[str], settings: Mapping[str, Setting]) -> list[Job]:
