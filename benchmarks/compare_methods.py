@@ -10,7 +10,9 @@ Exit codes: 0 done, 1 some runs failed, 2 the study or its data was refused, 130
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +46,9 @@ def main(arguments: Sequence[str] | None = None, run: Run = run_experiment) -> i
     parser.add_argument("--dry-run", action="store_true", help="say what is left and how long it will take")
     args = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first
+            signal.signal(number, signal.default_int_handler)
     try:
         failed = conduct(args, console, run)
     except TreeLoRAError as error:

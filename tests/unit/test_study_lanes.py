@@ -63,6 +63,7 @@ def test_runs_that_would_start_ray_are_refused(tmp_path, log, console):
 
 
 STOPPED = """
+    import signal
     import sys
     from pathlib import Path
     from rich.console import Console
@@ -72,6 +73,7 @@ STOPPED = """
     from treelora_platform.studies.spec import Bench, Study
 
     if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         folder = Path(sys.argv[1])
         bench = Bench(Study.model_validate(PLAIN), folder / "runs")
         run_jobs(bench.compared(["sequential"], {}), Log(folder / "log.jsonl"), Console(), lane_run, lanes=2)
@@ -85,7 +87,10 @@ def test_what_is_under_way_stops_with_the_study(tmp_path, how):
     (tmp_path / "study.py").write_text(textwrap.dedent(STOPPED))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([".", "platform"])}
     study = subprocess.Popen(
-        [sys.executable, str(tmp_path / "study.py"), str(tmp_path)], env=environment, stderr=subprocess.DEVNULL
+        [sys.executable, str(tmp_path / "study.py"), str(tmp_path)],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell starts background jobs
     )
     try:
         wait_until(lambda: len(list((tmp_path / "runs").glob("begun-*"))) == 2)

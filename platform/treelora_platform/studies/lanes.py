@@ -110,6 +110,7 @@ def _begin_lane(parent: int) -> None:
     global _parent
     _parent = parent
     os.setsid()  # or Ctrl-C would come twice, from the terminal and from `Lane.close`
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and hand that on
     threading.Thread(target=watch, args=(psutil.Process(parent),), daemon=True).start()
 
 
