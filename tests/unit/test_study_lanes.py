@@ -39,12 +39,13 @@ def console(tmp_path):
         yield Console(file=file, width=200)
 
 
-def test_all_are_made_and_each_is_written_down(bench, log, console, tmp_path):
+def test_all_are_made_and_each_is_written_down(bench, log, console, tmp_path, capfd):
     jobs = bench.compared(["treelora", "sequential"], {})
     assert run_jobs(jobs, log, console, lane_run, lanes=2) == []
     assert {entry.run for entry in log_of(jobs[0].config).entries()} == {job.config.name for job in jobs}
     assert missing(jobs) == []
     assert "[8/8] " in (tmp_path / "console.txt").read_text()
+    assert "Traceback" not in capfd.readouterr().err  # the lanes end quietly
 
 
 def test_failures_and_killed_lanes_cost_one_run_each(bench, log, console):

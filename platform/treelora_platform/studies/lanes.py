@@ -80,12 +80,14 @@ class Lane:
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
+        self._busy = False
 
     def attempt(self, run: Run, config: ExperimentConfig) -> Attempt:
         """Carry out a run, and wait for it."""
         begin = time.monotonic()
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, get_context("spawn"), _begin_lane, (os.getpid(),))
+        self._busy = True
         try:
             return self._pool.submit(_quietly, run, config).result()
         except BrokenProcessPool:
@@ -93,14 +95,17 @@ class Lane:
             return "the process of its lane was killed", time.monotonic() - begin
         except KeyboardInterrupt:  # the run's own: it was told to stop
             return "interrupted", time.monotonic() - begin
+        finally:
+            self._busy = False
 
     def close(self) -> None:
         """Interrupt what is under way, and wait until it has stopped."""
-        pool, self._pool = self._pool, None
-        if pool:
-            for pid in list(pool._processes or {}):
-                os.kill(pid, signal.SIGINT)
-            pool.shutdown(wait=True, cancel_futures=True)
+        pool = self._pool
+        if not pool:
+            return
+        for pid in list(pool._processes or {}) if self._busy else ():
+            os.kill(pid, signal.SIGINT)
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 _parent = 0
