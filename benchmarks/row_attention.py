@@ -29,14 +29,14 @@ SKIPPED = 2
 """Steps at the beginning that are left out."""
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="cl-benchmark-small")
     parser.add_argument("--steps", type=int, default=10, help="of each task")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("settings", nargs="*", help="key=value, such as stream.path=FOLDER")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         settings = [*args.settings, f"output_dir={folder}", "engine.kind=torch", "cluster.workers=0"]
@@ -70,7 +70,7 @@ def measured(model: torch.nn.Module, unit: Unit, steps: int) -> list[str]:
             loss = answer_loss(model, batch, unit.normaliser(step, 1))
             loss.backward()
             seconds[side].append(time.perf_counter() - begin)
-            losses[side] = float(loss)
+            losses[side] = loss.item()
             model.zero_grad()
         tokens.append(unit.tokens(step))
         apart = max(apart, *(abs(loss - losses[0]) / losses[0] for loss in losses))

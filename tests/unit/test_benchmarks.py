@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import row_attention
 from benchmarks.evaluation import full_passes
 from benchmarks.measure import spread
 from benchmarks.shapes import Quiet, flops, train
 from benchmarks.training import Steps, sides
+from tests.support.streams import build_loop, tiny_config
 from treelora.evaluation.choice import score_choices
 from treelora.models.tiny import tiny_model
 
@@ -52,6 +54,15 @@ def test_hooks_that_do_nothing_answer_everything() -> None:
     quiet = Quiet()
     assert quiet.commit(1, 2) is None
     assert quiet.router_report([]) is None
+
+
+def test_three_layouts_of_rows_give_one_loss(tmp_path: Any) -> None:
+    loop = build_loop(tiny_config(tmp_path))
+    name, tokens, *ratios, apart = row_attention.measured(loop.engine.module, loop.units[0], 4)
+    unit = loop.units[0]
+    assert (name, float(tokens)) == ("time-colours", np.median([unit.tokens(step) for step in range(4)]))
+    assert len(ratios) == 5
+    assert 0 < float(apart) < 1e-5
 
 
 def test_full_passes_give_the_same_scores() -> None:

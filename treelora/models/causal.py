@@ -61,7 +61,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
     if spec.name == "tiny":
         from treelora.models.tiny import tiny_model
 
-        return _with_narrow_head(tiny_model(spec.seed).to(dtype))
+        return _prepared(tiny_model(spec.seed).to(dtype))
     try:
         source = resolve_model(spec.name)
         if spec.random_weights:
@@ -73,8 +73,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
         raise ConfigError(cannot_load("model", spec.name, error)) from None
     model.requires_grad_(False)
     model.config.use_cache = False
-    _with_narrow_head(model)
-    attend_by_row(model)
+    _prepared(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -123,8 +122,9 @@ def can_pack(model: nn.Module, longest: int) -> bool:
 _places: ContextVar[Tensor | None] = ContextVar("places", default=None)
 
 
-def _with_narrow_head(model: Any) -> Any:
+def _prepared(model: Any) -> Any:
     model.get_output_embeddings().register_forward_pre_hook(_narrowed)
+    attend_by_row(model)
     return model
 
 
