@@ -1,6 +1,7 @@
 """What benchmarks count and compare, at sizes of toys: FLOPs by hand, scores by another way, which steps are taken."""
 
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,8 @@ from benchmarks.shapes import Quiet, flops, train
 from benchmarks.training import Steps, sides
 from tests.support.streams import build_loop, tiny_config
 from treelora.evaluation.choice import score_choices
+from treelora.models.packing import base_model
+from treelora.models.row_attention import attend_by_row
 from treelora.models.tiny import tiny_model
 
 TOY = Namespace(shape="llama-tiny", rows=4, length=32, answer=4, tasks=2, steps=6, rank=2)
@@ -58,8 +61,9 @@ def test_hooks_that_do_nothing_answer_everything() -> None:
 
 def test_three_layouts_of_rows_give_one_loss(tmp_path: Any) -> None:
     loop = build_loop(tiny_config(tmp_path))
-    name, tokens, *ratios, apart = row_attention.measured(loop.engine.module, loop.units[0], 4)
-    unit = loop.units[0]
+    attend_by_row(base_model(loop.engine.module))
+    unit = replace(loop.units[0], collator=replace(loop.units[0].collator, by_row=True))  # type: ignore[type-var]
+    name, tokens, *ratios, apart = row_attention.measured(loop.engine.module, unit, 4)
     assert (name, float(tokens)) == ("time-colours", np.median([unit.tokens(step) for step in range(4)]))
     assert len(ratios) == 5
     assert 0 < float(apart) < 1e-5

@@ -61,7 +61,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
     if spec.name == "tiny":
         from treelora.models.tiny import tiny_model
 
-        return _prepared(tiny_model(spec.seed).to(dtype))
+        return _with_narrow_head(tiny_model(spec.seed).to(dtype))
     try:
         source = resolve_model(spec.name)
         if spec.random_weights:
@@ -73,7 +73,8 @@ def load_model(spec: ModelSpec) -> nn.Module:
         raise ConfigError(cannot_load("model", spec.name, error)) from None
     model.requires_grad_(False)
     model.config.use_cache = False
-    _prepared(model)
+    _with_narrow_head(model)
+    attend_by_row(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -122,9 +123,8 @@ def can_pack(model: nn.Module, longest: int) -> bool:
 _places: ContextVar[Tensor | None] = ContextVar("places", default=None)
 
 
-def _prepared(model: Any) -> Any:
+def _with_narrow_head(model: Any) -> Any:
     model.get_output_embeddings().register_forward_pre_hook(_narrowed)
-    attend_by_row(model)
     return model
 
 
