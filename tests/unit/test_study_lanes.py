@@ -10,12 +10,11 @@ import time
 import psutil
 import pytest
 import yaml
-from rich.console import Console
 
 from tests.support.study_runs import STUDY, lane_run
 from treelora.errors import ConfigError
 from treelora_platform.studies.finished import finished, log_of
-from treelora_platform.studies.run import Log, missing, run_jobs
+from treelora_platform.studies.run import missing, run_jobs
 from treelora_platform.studies.spec import Bench, Study
 
 HERE = {"engine.kind": "torch", "cluster.workers": 0}
@@ -26,17 +25,6 @@ PLAIN["variants"] = PLAIN["variants"] | {"ewc": {"method": "ewc"}}
 @pytest.fixture
 def bench(tmp_path):
     return Bench(Study.model_validate(PLAIN), tmp_path / "runs")
-
-
-@pytest.fixture
-def log(tmp_path):
-    return Log(tmp_path / "log.jsonl")
-
-
-@pytest.fixture
-def console(tmp_path):
-    with open(tmp_path / "console.txt", "w") as file:
-        yield Console(file=file, width=200)
 
 
 def test_all_are_made_and_each_is_written_down(bench, log, console, tmp_path, capfd):

@@ -6,13 +6,12 @@ import shutil
 import pytest
 import yaml
 from pydantic import ValidationError
-from rich.console import Console
 
 from tests.support.study_runs import STUDY, break_run, fake_run
 from treelora.errors import DataError
 from treelora_platform.prepare import run_folder
 from treelora_platform.studies.finished import FILE, finished, log_of
-from treelora_platform.studies.run import Entry, Log, distinct, estimate, missing, run_jobs
+from treelora_platform.studies.run import Entry, distinct, estimate, missing, run_jobs
 from treelora_platform.studies.spec import Bench, Study
 from treelora_platform.studies.tuning import (
     Trial,
@@ -31,17 +30,6 @@ PLAIN = yaml.safe_load(STUDY)
 @pytest.fixture
 def bench(tmp_path):
     return Bench(Study.model_validate(PLAIN), tmp_path / "runs")
-
-
-@pytest.fixture
-def log(tmp_path):
-    return Log(tmp_path / "log.jsonl")
-
-
-@pytest.fixture
-def console(tmp_path):
-    with open(tmp_path / "console.txt", "w") as file:
-        yield Console(file=file, width=200)
 
 
 def shown(tmp_path):
