@@ -165,8 +165,23 @@ def test_the_ablation_holds_each_row_against_the_first(study):
     assert (first.label, first.op.value, first.change) == ("neither", 61.0, None)
     assert (second.label, second.variant, second.op.value) == ("both", "treelora", 68.0)
     assert second.change == paired([10.0, 4.0])
-    assert ablation_sheet(study, [first, second]).cells[1][:3] == ("both", "treelora", "68.0 [66.0, 70.0]")
-    assert [one.op for one in ablation(study, [])] == [None, None]
+    assert ablation_sheet(study, [first, second]).cells[1][:4] == ("both", "treelora", "last", "68.0 [66.0, 70.0]")
+    assert ablation(study, []) == []
+
+
+def test_the_ablation_has_a_first_row_in_every_way_of_inference(study):
+    rows = rows_of("treelora", [70.0, 66.0]) + rows_of("sequential", [60.0, 62.0])
+    rows += rows_of("treelora", [80.0, 81.0], mode="routed") + rows_of("sequential", [79.0, 83.0], mode="routed")
+    rows += rows_of("treelora", [50.0], mode="merged")
+    found = ablation(study, rows)
+    # merged: only one of the two was scored so, and is held against nothing
+    assert [(one.mode, one.label) for one in found] == [
+        *(("last", "neither"), ("last", "both")),
+        *(("routed", "neither"), ("routed", "both")),
+        ("merged", "both"),
+    ]
+    assert [one.change for one in found] == [None, paired([10.0, 4.0]), None, paired([1.0, -2.0]), None]
+    assert ablation_sheet(study, found).cells[2] == ()
 
 
 def test_the_cost_of_a_score_by_hand():

@@ -60,8 +60,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Ablated:
-    """A row of the ablation; `change` is its OP less the first row's."""
+    """A row of the ablation; `change` is its OP less that of the first row in the same way of inference."""
 
+    mode: str
     label: str
     variant: str
     op: Interval | None
@@ -190,14 +191,18 @@ def _differences(values: Mapping[Pair, float], base: Mapping[Pair, float]) -> li
 
 
 def ablation(study: Study, rows: Sequence[Row]) -> list[Ablated]:
-    """The study's ablation in the reference's own way of inference, as the paper's table of components has it."""
-    mode = study.variants[study.reference].mode
+    """The study's ablation as the paper's table of components has it, once for each way of inference."""
     found: list[Ablated] = []
-    for label, name in study.ablation.items():
-        first = values_of(rows, next(iter(study.ablation.values())), mode, "op")
-        change = _differences(values_of(rows, name, mode, "op"), first) if found else []
-        op, bwt, seconds = (_mean(rows, name, mode, metric) for metric in ABLATED)
-        found.append(Ablated(label, name, op, bwt, seconds, paired(change) if change else None))
+    for mode in modes_in(rows):
+        first: dict[Pair, float] = {}
+        for label, name in study.ablation.items():
+            ops = values_of(rows, name, mode, "op")
+            if not ops:
+                continue
+            change = _differences(ops, first)
+            op, bwt, seconds = (_mean(rows, name, mode, metric) for metric in ABLATED)
+            found.append(Ablated(mode, label, name, op, bwt, seconds, paired(change) if change else None))
+            first = first or ops
     return found
 
 

@@ -84,22 +84,23 @@ def differences_sheet(study: Study, found: Sequence[Difference], champion: bool 
 
 
 def ablation_sheet(study: Study, found: Sequence[Ablated]) -> Sheet:
-    """The components of the method, one after the other."""
-    first = next(iter(study.ablation), "")
+    """The components of the method, one after the other, a group a way of inference."""
+
+    def cells(one: Ablated) -> Cells:
+        change = show_interval(one.change.bootstrap if one.change else None, sign=True)
+        p = f"{one.change.p:.3g}" if one.change else NOT_MEASURED
+        scores = [show_interval(one.op), show_interval(one.bwt), show_interval(one.seconds, 0)]
+        return (one.label, one.variant, one.mode, *scores, change, p)
+
     return Sheet(
         "ablation",
-        f"{study.name}: ablation, inference {study.variants[study.reference].mode}",
-        ("components", "variant", "OP (%)", "BWT (points)", "training (s)", "OP less the first row's", "p"),
-        tuple(
-            (one.label, one.variant, show_interval(one.op), show_interval(one.bwt), show_interval(one.seconds, 0),
-             show_interval(one.change.bootstrap if one.change else None, sign=True),
-             f"{one.change.p:.3g}" if one.change else NOT_MEASURED)
-            for one in found
-        ),
+        f"{study.name}: ablation",
+        ("components", "variant", "inference", "OP (%)", "BWT (points)", "training (s)", "OP less the first row's", "p"),
+        in_blocks(found, lambda one: one.mode, cells),
         found,
-        (BRACKETS, f"p: exact sign-flip test against '{first}', not corrected"),
-        texts=2,
-    )  # fmt: skip
+        (BRACKETS, "first row: of the same way of inference; p: exact sign-flip test against it, not corrected"),
+        texts=3,
+    )
 
 
 def quality_sheet(study: Study, found: Sequence[Reach]) -> Sheet:
