@@ -95,7 +95,7 @@ def ablation_sheet(study: Study, found: Sequence[Ablated]) -> Sheet:
     return Sheet(
         "ablation",
         f"{study.name}: ablation",
-        ("components", "variant", "inference", "OP (%)", "BWT (points)", "training (s)", "OP less the first row's", "p"),
+        ("components", "variant", "inference", "OP (%)", "BWT (points)", "training (s)", "OP less the first's", "p"),
         in_blocks(found, lambda one: one.mode, cells),
         found,
         (BRACKETS, "first row: of the same way of inference; p: exact sign-flip test against it, not corrected"),
