@@ -18,6 +18,7 @@ DRAWS = 10_000
 EXACT_PAIRS = 20  # 2^19 patterns of signs take a moment; beyond, patterns are drawn
 RANDOM_FLIPS = 100_000
 POWER_FACTOR = 2.8  # 1.96 + 0.84: significance at 5 %, two-sided, with power 80 %
+ROUNDING = 1e-12  # of the largest value: a mean this small is one of zero
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def pairs_needed(differences: Sequence[float]) -> int | None:
     """(2.8 sd / |mean|)^2 + 2, rounded up: pairs for 80 % power at 5 %, two-sided, should this be the true difference.
 
-    None for fewer than two pairs, and where the mean is zero: no number of pairs would show that.
+    None for fewer than two pairs, and where the mean is zero but for rounding: no number of pairs would show that.
     """
     sample = _sample(differences)
     mean = abs(float(sample.mean()))
-    if len(sample) < 2 or mean == 0:
+    if len(sample) < 2 or mean <= ROUNDING * float(np.abs(sample).max()):
         return None
     return math.ceil((POWER_FACTOR * float(sample.std(ddof=1)) / mean) ** 2 + 2 - 1e-9)
 

@@ -121,6 +121,9 @@ def test_pairs_needed_by_hand():
     assert pairs_needed([-2.0, 0.0]) == 18  # the direction doesn't matter
     assert pairs_needed([3.0, 3.0, 3.0]) == 2  # no spread
     assert pairs_needed([1.0, -1.0]) is None
+    # sums to 2.8e-17, which would give 10^32 pairs
+    assert sum([0.1, 0.2, -0.3]) != 0
+    assert pairs_needed([0.1, 0.2, -0.3]) is None
     assert pairs_needed([1.0]) is None
 
 
