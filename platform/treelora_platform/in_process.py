@@ -12,12 +12,13 @@ from typing import Any
 
 from treelora.errors import TreeLoRAError
 from treelora_platform.attempts import interruptible
+from treelora_platform.quiet import quiet
 from treelora_platform.worker import run_here
 
 
 def fit_here(job: dict[str, Any]) -> str | None:
     """Go through the stream in this process; returns None, or why that failed."""
-    with interruptible():
+    with interruptible(), quiet():
         try:
             run_here(job)
         except TreeLoRAError as error:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -27,6 +26,7 @@ from treelora_platform.checkpoint import Commit, newest_commit
 from treelora_platform.config import ExperimentConfig, parse_config
 from treelora_platform.predict_io import answer_lines, answer_table, as_line, read_prompts
 from treelora_platform.prepare import prepare_stream
+from treelora_platform.quiet import quiet
 from treelora_platform.run_record import load_run_config
 from treelora_platform.run_tables import read_run_json, read_task_choices
 from treelora_platform.serving import Learnt, Predictor
@@ -155,17 +155,6 @@ def open_predictor(
         return ImagePredictor(engine, learnt, config, inference, place, reader_state(commit.parts["evaluator"]))
     tokenizer = reuse.tokenizer if isinstance(reuse, TextPredictor) else load_tokenizer(config.model.name)
     return TextPredictor(engine, tokenizer, learnt, config.model, config.evaluation, inference, place, options.choices)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and the notes that libraries write for each other."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 def _with_options(config: ExperimentConfig, options: PredictOptions) -> ExperimentConfig:

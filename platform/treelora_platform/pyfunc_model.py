@@ -18,8 +18,9 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from treelora.errors import DataError, TreeLoRAError
-from treelora_platform.predict import PredictOptions, open_predictor, quiet
+from treelora_platform.predict import PredictOptions, open_predictor
 from treelora_platform.predict_io import Prompt, checked_prompt
+from treelora_platform.quiet import quiet
 from treelora_platform.serving import Predictor
 from treelora_platform.serving_images import ImagePredictor
 

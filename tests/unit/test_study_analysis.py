@@ -17,12 +17,11 @@ from treelora_platform.statistics import mean_interval, paired
 from treelora_platform.studies.analysis import (
     ablation,
     against_champion,
-    cost_to_reach,
     differences,
-    equal_quality,
     standings,
 )
 from treelora_platform.studies.figures import group_of, study_figures
+from treelora_platform.studies.quality import champion_quality, cost_to_reach, equal_quality
 from treelora_platform.studies.rows import Row, at_equal_steps, collect, rows_table
 from treelora_platform.studies.run import Log, run_jobs
 from treelora_platform.studies.spec import Bench, Study
@@ -235,6 +234,22 @@ def test_pairs_that_lack_a_number_of_steps_are_left_out(study):
     rows = rows_of("treelora", [50.0, 50.0], steps=4, seconds=40.0) + rows_of("treelora", [70.0, 70.0, 9.0])
     rows += rows_of("sequential", [60.0, 60.0, 60.0])
     assert equal_quality(study, rows, [r for r in rows if r.steps == 8])[0].pairs == 2
+
+
+def test_the_champion_is_held_against_the_best_peer_each_in_its_own_way(study):
+    # routed, the champion: 70 % after 40 s, 90 % after 80 s; sequential's newest adapter: 80 % after 100 s
+    champion = Study.model_validate(PLAIN | {"champion": "routed"})
+    rows = rows_of("routed", [70.0, 70.0], mode="routed", steps=4, seconds=40.0)
+    rows += rows_of("routed", [90.0, 90.0], mode="routed", seconds=80.0)
+    rows += rows_of("sequential", [80.0, 80.0], seconds=100.0) + rows_of("sequential", [99.0, 99.0], mode="routed")
+    rows += rows_of("treelora", [99.0, 99.0], seconds=1.0)
+    full = [r for r in rows if r.steps == 8]
+    (found,) = champion_quality(champion, rows, full)
+    assert (found.variant, found.mode, found.peer, found.peer_mode) == ("routed", "routed", "sequential", "last")
+    assert (found.target, found.cost, found.peer_cost, found.ratio.value) == (80.0, 60.0, 100.0, 100 / 60)
+    assert quality_sheet(champion, [found]).cells[0][:5] == ("routed", "routed", "seconds", "sequential (last)", "80.0")
+    assert champion_quality(study, rows, full) == []
+    assert champion_quality(champion, rows_of("routed", [90.0], mode="routed"), full[:1]) == []
 
 
 def test_no_peer_no_equal_quality(study):

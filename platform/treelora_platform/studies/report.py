@@ -10,8 +10,9 @@ from rich.console import Console
 
 from treelora.data.files import write_bytes_atomically
 from treelora_platform.sheets import Sheet, markdown, render, write_sheets, write_table
-from treelora_platform.studies.analysis import ablation, against_champion, differences, equal_quality, standings
+from treelora_platform.studies.analysis import ablation, against_champion, differences, standings
 from treelora_platform.studies.figures import save_study_figures
+from treelora_platform.studies.quality import KINDS, champion_quality, equal_quality
 from treelora_platform.studies.rows import Row, at_equal_steps, collect, rows_table
 from treelora_platform.studies.run import Log, distinct, missing
 from treelora_platform.studies.spec import Bench, Job
@@ -85,7 +86,8 @@ def write_results(bench: Bench, tuned: dict[str, Tuned], log: Log, out: Path, co
     if study.ablation:
         sheets.append(ablation_sheet(study, ablation(study, full)))
     if len(study.steps) > 1:
-        reach = equal_quality(study, rows, full, "seconds") + equal_quality(study, rows, full, "passes")
+        reach = [found for kind in KINDS for found in equal_quality(study, rows, full, kind)]
+        reach += [found for kind in KINDS for found in champion_quality(study, rows, full, kind)]
         sheets.append(quality_sheet(study, reach))
     shown = {name: found for name, found in tuned.items() if name in study.variants and study.tuning}
     if shown:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from treelora_platform.sheets import Cells, Sheet, in_blocks, show_ends, show_interval
 from treelora_platform.statistics import smallest_p
-from treelora_platform.studies.analysis import Ablated, Difference, Reach, Standing
+from treelora_platform.studies.analysis import Ablated, Difference, Standing
+from treelora_platform.studies.quality import Reach
 from treelora_platform.studies.spec import Study
 from treelora_platform.studies.tuning import Tuned
 from treelora_platform.summary import NOT_MEASURED, format_bytes
@@ -109,7 +110,8 @@ def quality_sheet(study: Study, found: Sequence[Reach]) -> Sheet:
     def cells(one: Reach) -> Cells:
         cost = "not reached" if one.cost is None else f"{'≤ ' if one.at_most else ''}{one.cost:,.0f}"
         return (
-            one.variant, one.mode, one.kind, one.peer, f"{one.target:.1f}", cost, f"{one.peer_cost:,.0f}",
+            one.variant, one.mode, one.kind, one.peer if one.peer_mode == one.mode else f"{one.peer} ({one.peer_mode})",
+            f"{one.target:.1f}", cost, f"{one.peer_cost:,.0f}",
             NOT_MEASURED if one.ratio is None or one.cost is None else show_interval(one.ratio, 2),
             f"{100 * one.reached:.0f} %", str(one.pairs),
         )  # fmt: skip
@@ -119,13 +121,14 @@ def quality_sheet(study: Study, found: Sequence[Reach]) -> Sheet:
         f"{study.name}: cost at equal quality",
         ("variant", "inference", "cost in", "best replay-free peer", "its OP (%)", "cost to reach it",
          "the peer's own", "times cheaper", "reached in", "pairs"),
-        in_blocks(found, lambda one: (one.mode, one.kind), cells),
+        in_blocks(found, lambda one: (one.mode, one.kind, one.peer_mode), cells),
         found,
         (
             f"steps a task: {', '.join(map(str, study.steps)) or 'one number only'}; each number is a run of its own, "
             "costs between them are interpolated on the means",
             "≤: reached with the fewest steps already; times cheaper: the peer's cost over the variant's, with a 95 % "
             "bootstrap interval in which `not reached` counts as 0; reached in: share of the resamples",
+            "best replay-free peer: in the same way of inference; for the champion, each in its own way",
             "seconds depend on what else the machine did, passes don't (but a pass is not always as dear)",
         ),
         texts=4,
