@@ -244,6 +244,7 @@ def test_the_champion_is_held_against_the_best_peer_each_in_its_own_way(study):
     rows += rows_of("sequential", [80.0, 80.0], seconds=100.0) + rows_of("sequential", [99.0, 99.0], mode="routed")
     rows += rows_of("treelora", [99.0, 99.0], seconds=1.0)
     full = [r for r in rows if r.steps == 8]
+    # no peer of this study is meant for the router, so there is one comparison
     (found,) = champion_quality(champion, rows, full)
     assert (found.variant, found.mode, found.peer, found.peer_mode) == ("routed", "routed", "sequential", "last")
     assert (found.target, found.cost, found.peer_cost, found.ratio.value) == (80.0, 60.0, 100.0, 100 / 60)

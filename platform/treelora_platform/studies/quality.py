@@ -77,14 +77,17 @@ def equal_quality(study: Study, rows: Sequence[Row], full: Sequence[Row], kind: 
 
 
 def champion_quality(study: Study, rows: Sequence[Row], full: Sequence[Row], kind: Cost = "seconds") -> list[Reach]:
-    """The same of the champion, each in its own way of inference: none, or one. See `equal_quality`."""
-    rivals = [name for name in study.variants if study.is_peer(name) and study.competes(name)]
-    peer = _best(full, {name: study.variants[name].mode for name in rivals})
-    if not study.champion or not peer:
+    """The same of the champion, against the best of the peers that are meant for each way of inference."""
+    if not study.champion:
         return []
-    sides = [(name, study.variants[name].mode) for name in (study.champion, peer)]
-    found = _reach(rows, sides[0], sides[1], kind)
-    return [found] if found else []
+    found = []
+    for mode in dict.fromkeys(variant.mode for variant in study.variants.values()):
+        rivals = [name for name in study.variants if study.is_peer(name) and study.competes(name)]
+        peer = _best(full, {name: mode for name in rivals if study.variants[name].mode == mode})
+        champion = (study.champion, study.variants[study.champion].mode)
+        if peer and (one := _reach(rows, champion, (peer, mode), kind)):
+            found.append(one)
+    return found
 
 
 def _best(full: Sequence[Row], modes: Mapping[str, str]) -> str | None:

@@ -128,7 +128,7 @@ def quality_sheet(study: Study, found: Sequence[Reach]) -> Sheet:
             "costs between them are interpolated on the means",
             "≤: reached with the fewest steps already; times cheaper: the peer's cost over the variant's, with a 95 % "
             "bootstrap interval in which `not reached` counts as 0; reached in: share of the resamples",
-            "best replay-free peer: in the same way of inference; for the champion, each in its own way",
+            "best replay-free peer: in the same way of inference; the champion also against those meant for another",
             "seconds depend on what else the machine did, passes don't (but a pass is not always as dear)",
         ),
         texts=4,
