@@ -236,7 +236,7 @@ def test_pairs_that_lack_a_number_of_steps_are_left_out(study):
     assert equal_quality(study, rows, [r for r in rows if r.steps == 8])[0].pairs == 2
 
 
-def test_the_champion_is_held_against_the_best_peer_each_in_its_own_way(study):
+def test_the_champion_is_held_against_the_best_peer_of_each_way_of_inference(study):
     # routed, the champion: 70 % after 40 s, 90 % after 80 s; sequential's newest adapter: 80 % after 100 s
     champion = Study.model_validate(PLAIN | {"champion": "routed"})
     rows = rows_of("routed", [70.0, 70.0], mode="routed", steps=4, seconds=40.0)
@@ -249,6 +249,14 @@ def test_the_champion_is_held_against_the_best_peer_each_in_its_own_way(study):
     assert (found.variant, found.mode, found.peer, found.peer_mode) == ("routed", "routed", "sequential", "last")
     assert (found.target, found.cost, found.peer_cost, found.ratio.value) == (80.0, 60.0, 100.0, 100 / 60)
     assert quality_sheet(champion, [found]).cells[0][:5] == ("routed", "routed", "seconds", "sequential (last)", "80.0")
+    with_peer = {"variants": PLAIN["variants"] | {"ewc": {"method": "ewc", "mode": "routed"}}}
+    both = Study.model_validate(PLAIN | with_peer | {"champion": "routed"})
+    rows += rows_of("ewc", [90.0, 90.0], mode="routed", seconds=160.0)
+    ways = champion_quality(both, rows, [r for r in rows if r.steps == 8])
+    assert [(one.peer, one.peer_mode, one.cost) for one in ways] == [
+        ("sequential", "last", 60.0),
+        ("ewc", "routed", 80.0),
+    ]
     assert champion_quality(study, rows, full) == []
     assert champion_quality(champion, rows_of("routed", [90.0], mode="routed"), full[:1]) == []
 
