@@ -213,8 +213,8 @@ def test_the_shipped_studies_meet_confusable_pairs_and_share_their_runs(tmp_path
     pairs = ({"MNLI", "CB"}, {"SST-2", "amazon"})
     orders = [set(order) for order in studies["cl_benchmark"].orders]
     assert all(any(pair <= order for order in orders) for pair in pairs)
-    names = [
-        {job.config.name for job in Bench(studies[stem], tmp_path).compared(["treelora"], {})}
-        for stem in ("cl_benchmark", "ablation")
-    ]
-    assert names[0] == names[1]
+    for stems in (("cl_benchmark", "ablation"), ("builtin_methods", "builtin_parts")):
+        names = [
+            {job.config.name for job in Bench(studies[stem], tmp_path).compared(["treelora"], {})} for stem in stems
+        ]
+        assert names[0] == names[1]

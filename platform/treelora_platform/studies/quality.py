@@ -80,11 +80,13 @@ def champion_quality(study: Study, rows: Sequence[Row], full: Sequence[Row], kin
     """The same of the champion, against the best of the peers that are meant for each way of inference."""
     if not study.champion:
         return []
+    champion = (study.champion, study.variants[study.champion].mode)
+    rivals = {
+        name: study.variants[name].mode for name in study.variants if study.is_peer(name) and study.competes(name)
+    }
     found = []
-    for mode in dict.fromkeys(variant.mode for variant in study.variants.values()):
-        rivals = [name for name in study.variants if study.is_peer(name) and study.competes(name)]
-        peer = _best(full, {name: mode for name in rivals if study.variants[name].mode == mode})
-        champion = (study.champion, study.variants[study.champion].mode)
+    for mode in dict.fromkeys(rivals.values()):
+        peer = _best(full, {name: mode for name, meant in rivals.items() if meant == mode})
         if peer and (one := _reach(rows, champion, (peer, mode), kind)):
             found.append(one)
     return found
