@@ -43,6 +43,11 @@ class Arms:
         """A name for each arm: its tasks' names, joined by +."""
         return ["+".join(tasks[task] for task in group) for group in self.groups]
 
+    @property
+    def newest(self) -> int:
+        """The arm that stands for the task learnt last, maybe among others. Raises: ValueError where there is none."""
+        return max(range(len(self)), key=lambda arm: max(self.groups[arm]))
+
     def add_task(self, task: int, sketch_LK: np.ndarray, mass: float) -> None:
         """One more arm, for a task; beyond `max_arms` the two closest arms become one."""
         self._add((task,), sketch_LK, mass)

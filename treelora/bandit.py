@@ -49,7 +49,8 @@ class TreeBandit:
 
     search: "tree_lcb" walks from the root to the child with the lowest LCB; "flat_lcb" takes the leaf with
     the lowest LCB; "full" is told all N losses and takes the lowest mean; "random" draws uniformly from a
-    generator keyed by (seed, task, step).
+    generator keyed by (seed, task, step); "newest" takes the arm `newest` in every layer, by default the last. The
+    latter two are controls: what a search brings is seen against them.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class TreeBandit:
         seed: int = 0,
         task: str = "",
         scale: np.ndarray | None = None,
+        newest: int | None = None,
     ) -> None:
         for axis, value, choices in (("search", search, Search), ("bound", bound, Bound), ("noise", noise, Noise)):
             if value not in get_args(choices):
@@ -75,6 +77,7 @@ class TreeBandit:
             raise ConfigError(f"layers = {layers}, but the tree knows {tree.layers} layers")
         self.tree, self.layers, self.c, self.horizon = tree, layers, c, horizon
         self.search, self.bound, self.noise, self.seed = search, bound, noise, seed
+        self._newest = tree.tasks - 1 if newest is None else newest
         self._stream = int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "little")
         root_delta_L = tree.delta[0]
         self.scale = np.where(root_delta_L > 1e-6, root_delta_L, 1.0) if scale is None else np.array(scale, float)
@@ -114,6 +117,8 @@ class TreeBandit:
         if self.search == "random":
             bits = keyed_bits(self.seed, self._stream, self.layers, purpose=PURPOSE_ARMS, block=step)
             return (bits % np.uint64(self.tasks)).astype(np.int64)
+        if self.search == "newest":
+            return np.full(self.layers, self._newest, dtype=np.int64)
         if self.search == "flat_lcb":
             return self.bounds[:, self.tree.leaf].argmin(axis=1)
         if self.search == "full":

@@ -198,6 +198,7 @@ class TaskMemory:
                 noise=config.noise,
                 seed=config.seed,
                 task=task,
+                newest=self.arms.newest,
             )
 
     def _observe(self, call: StepCall) -> None:

@@ -9,7 +9,7 @@ from tests.unit.test_tree import chain_json, random_signatures
 from treelora.bandit import TreeBandit
 from treelora.tree import SignatureTree
 
-SEARCHES = ("tree_lcb", "flat_lcb", "full", "random")
+SEARCHES = ("tree_lcb", "flat_lcb", "full", "random", "newest")
 
 
 class SlowBandit:
@@ -194,6 +194,16 @@ def test_random_is_uniform_and_keyed_by_seed_task_and_step():
     # chi-squared with 4 degrees of freedom, p = .001 at 18.5
     assert (np.square(counts - 400) / 400).sum() < 18.5
     assert len({tuple(row) for row in first[:50]}) > 40
+
+
+def test_newest_takes_one_arm_whatever_the_losses():
+    tree = SignatureTree.build(random_signatures(5, 3))
+    for newest, arm in ((None, 4), (2, 2)):
+        bandit = TreeBandit(tree, 3, 0.25, 10, search="newest", newest=newest)
+        for step in range(1, 4):
+            assert bandit.select(step).tolist() == [arm] * 3
+            bandit.observe(np.full(3, arm), np.array([0.1, 5.0, 9.0]))
+        assert bandit.pulls()[arm].tolist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize("search", SEARCHES)

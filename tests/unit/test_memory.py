@@ -11,7 +11,7 @@ from treelora.memory import MemoryConfig, ProtocolError, StepCall, TaskMemory
 from treelora.tree import SignatureTree
 
 LAYERS, SIZE = 3, 6
-SEARCHES = ("tree_lcb", "flat_lcb", "full", "random")
+SEARCHES = ("tree_lcb", "flat_lcb", "full", "random", "newest")
 
 
 def make(**settings):
@@ -94,6 +94,18 @@ def test_arms_are_those_of_the_bandit():
         assert np.array_equal(bandit.select(), arms[step - 1])
         losses = np.random.default_rng(step).random((9, LAYERS))
         bandit.observe(arms[step - 1], losses[arms[step - 1], np.arange(LAYERS)])
+
+
+def test_newest_is_the_arm_of_the_last_task_also_when_arms_were_merged():
+    memory, places = make(search="newest", max_arms=2), set()
+    for index, sketch in enumerate(random_signatures(8, LAYERS, SIZE)):
+        memory.begin_task(f"task {index}", 10)
+        if index:
+            (arm,) = set(memory.step(StepCall("r", f"task {index}", 1)).arms.tolist())
+            assert index - 1 in memory.arms.groups[arm]
+            places.add(arm)
+        memory.end_task(f"task {index}", sketch)
+    assert places == {0, 1}
 
 
 @pytest.mark.parametrize("search", SEARCHES)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from treelora.options import Options
 
-MemorySearch = Literal["tree_lcb", "flat_lcb", "full", "random"]
+MemorySearch = Literal["tree_lcb", "flat_lcb", "full", "random", "newest"]
 MemoryTree = Literal["medoid", "agglomerative", "paper"]
 Bound = Literal["smooth", "literal"]
 Noise = Literal["diameter", "pooled"]
@@ -49,7 +49,7 @@ class TreeLoRAOptions(Options):
     signature: Signature = Field(
         "probe_b", description="What a task is recognised by; `probe_b`: gradient of a zero B behind a frozen random A."
     )
-    search: Search = Field("tree_lcb", description="How the arm is chosen (Eq. 2).")
+    search: Search = Field("tree_lcb", description="How the arm is chosen (Eq. 2); `random` and `newest` are controls.")
     tree: TreeKind = Field("medoid", description="How the tree is built.")
     penalty: Penalty = Field("prox", description="The similarity penalty (Eq. 3).")
     strength: float = Field(0.1, ge=0, description="Lambda of Eq. 3; the paper uses 0.5 for LLMs, 0.1 for ViTs.")
