@@ -14,6 +14,7 @@ from pathlib import Path
 from treelora.errors import TreeLoRAError
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.guardian import start_guardian
+from treelora_platform.lean_head import lean_head
 
 CONNECT_TIMEOUT_S = 10.0
 _log = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ def connect(config: ExperimentConfig, meanwhile: Sequence[str] = ()) -> None:
     cluster = config.cluster
     cpus = max(os.cpu_count() or 1, round(cluster.workers * cluster.cpus_per_worker))
     threading.Thread(target=lambda: [import_module(name) for name in meanwhile], daemon=True).start()
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    with lean_head():
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     _own.set()
     start_guardian()
     _hasten_train()
