@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -77,7 +77,6 @@ def connect(config: ExperimentConfig, meanwhile: Sequence[str] = ()) -> None:
         ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     _own.set()
     start_guardian()
-    _hasten_train()
 
 
 def owns_ray() -> bool:
@@ -93,16 +92,6 @@ def free_placement_groups() -> None:
     for name, group in placement_group_table().items():
         if group["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
-
-
-def _hasten_train() -> None:
-    # Ray Train's controller would make this actor first and wait for it before it asks for workers.
-    with suppress(ImportError):
-        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-            get_or_create_autoscaling_coordinator,
-        )
-
-        get_or_create_autoscaling_coordinator()
 
 
 def _warn_of_open_doors(address: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -16,6 +17,16 @@ from treelora_platform.config import ExperimentConfig
 from treelora_platform.group_start import GroupStart
 from treelora_platform.placement import worker_resources
 from treelora_platform.process_group import ProcessGroup
+
+
+class FixedNodes(FixedScalingPolicy):
+    """For a cluster that nobody scales. Ray's own makes an actor first, and waits for it, to say what it needs."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Without a request there is no client either, and nothing to cancel."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
 
 
 class Trainer(DataParallelTrainer):
@@ -54,6 +65,12 @@ class Trainer(DataParallelTrainer):
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             ),
         )
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if owns_ray():
+            scaling: Any = self.scaling_config  # a class of V2, whatever the base class's annotation says
+            parts["scaling_policy"] = FixedNodes(scaling)
+        return super()._initialize_and_run_controller(**parts)
 
     def _create_default_callbacks(self) -> list[Any]:
         # Processes that we need not start and wait for: nothing of ours comes through Ray Data, and the placement
