@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -74,6 +75,9 @@ def run_experiment(
         if is_complete(run_dir, config, force):
             storage.send()
             return Outcome(run_dir, read_run_json(run_dir).get("mlflow_run_id"), already_complete=True)
+        from treelora_platform.tracking import import_client
+
+        threading.Thread(target=import_client, daemon=True).start()
         with console.status("preparing the tasks"):
             prepared = storage.prepared(config)
         _show_skipped(prepared, console)

@@ -154,12 +154,18 @@ def replay(run_dir: Path, tracking_uri: str | None = None, *, drain_s: float = 6
     return _complete(_sender(run_dir, tracking_uri, None), drain_s)
 
 
+def import_client() -> None:
+    """Import MLflow's client, which takes a second: for a thread, while the process waits for something else."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import mlflow.client  # noqa: F401
+
+
 class MlflowServer:
     """A tracking server or database, as `spool.Server` wants it; no fluent API, so no hidden active run."""
 
     def __init__(self, address: str) -> None:
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        import_client()
         from mlflow import MlflowClient
 
         for logger in ("mlflow.store.db.utils", "alembic"):  # a page of log lines for each new database
