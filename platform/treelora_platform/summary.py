@@ -93,7 +93,10 @@ def summarise_mode(scores: pa.Table, mode: str) -> ModeSummary:
     complete = [n for n in range(1, len(matrix) + 1) if np.isfinite(matrix[:n, n - 1]).all()]
     fwt = forward_transfer(matrix, baseline)
     if not complete:
-        return ModeSummary(float(baseline.mean()) if np.isfinite(baseline).all() else None, None, None)
+        # before training, tasks are scored with the latest adapter, also in a run that is scored otherwise
+        trained = pc.any(pc.greater_equal(scores["after_index"], 0)).as_py()
+        untrained = np.isfinite(baseline).all() and not trained
+        return ModeSummary(float(baseline.mean()) if untrained else None, None, None)
     n = complete[-1]
     bwt = backward_transfer(matrix, n) if np.isfinite(matrix.diagonal()[:n]).all() else None
     return ModeSummary(overall_performance(matrix, n), bwt, fwt if np.isfinite(fwt) else None)

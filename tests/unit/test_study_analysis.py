@@ -21,8 +21,10 @@ from treelora_platform.studies.analysis import (
     standings,
 )
 from treelora_platform.studies.figures import group_of, study_figures
+from treelora_platform.studies.finished import Finished, Scores
 from treelora_platform.studies.quality import champion_quality, cost_to_reach, equal_quality
 from treelora_platform.studies.rows import Row, at_equal_steps, collect, rows_table
+from treelora_platform.studies.rows import rows_of as finished_rows
 from treelora_platform.studies.run import Log, run_jobs
 from treelora_platform.studies.spec import Bench, Study
 from treelora_platform.studies.tables import ablation_sheet, differences_sheet, quality_sheet, standings_sheet
@@ -70,6 +72,18 @@ def test_rows_of_finished_runs(study, tmp_path):
     assert first.router_accuracy == 90.0
     frozen = rows[-1]
     assert (frozen.op, frozen.bwt, frozen.passes_per_step, frozen.tokens) == (80.0, None, None, 0)
+
+
+def test_ways_of_inference_that_were_not_scored_at_the_end_give_no_rows(study, tmp_path):
+    job = Bench(study, tmp_path / "runs", ()).compared(["treelora"], {})[0]
+    modes = {
+        "merged": Scores(60.0, 10.0, None, ((60.0, 50.0), (None, 70.0))),
+        "last": Scores(30.0, None, None, ((None, None), (45.0, None))),  # the second task before it was learnt, for FWT
+    }
+    run = Finished("run", "", "", "4f70d1d", {}, 8, 10.0, 16, 1.0, 100, 2048, None, modes)
+    assert [(row.mode, row.op) for row in finished_rows(job, run)] == [("merged", 60.0)]
+    untrained = dataclasses.replace(run, modes={"last": Scores(30.0, None, None, ((None, None), (None, None)))})
+    assert [(row.mode, row.op) for row in finished_rows(job, untrained)] == [("last", 30.0)]
 
 
 def test_standings_are_means_with_intervals(study):

@@ -60,6 +60,16 @@ def test_a_model_that_is_never_trained_has_its_mean_as_op(tmp_path):
     assert summarise(run.path).modes["last"] == ModeSummary(op=30.0, bwt=None, fwt=None)
 
 
+def test_scores_from_before_training_are_none_of_a_model_that_was_trained(tmp_path):
+    run = SyntheticRun(tmp_path / "run", ["alpha", "beta"])
+    run.write_scores(0, {"merged": [60.0]})
+    run.write_scores(1, {"merged": [50.0, 70.0]})
+    run.add_score("last", 0, -1, 20.0)
+    run.add_score("last", 1, -1, 40.0)
+    assert summarise(run.path).modes["merged"].op == 60.0
+    assert summarise(run.path).modes["last"] == ModeSummary(op=None, bwt=None, fwt=None)
+
+
 def test_a_run_scored_at_the_end_only_has_no_bwt(tmp_path):
     run = SyntheticRun(tmp_path / "run", ["alpha", "beta"], method="joint")
     run.write_scores(1, {"last": [60.0, 80.0]})

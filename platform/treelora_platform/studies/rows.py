@@ -59,7 +59,7 @@ def collect(study: Study, jobs: Iterable[Job]) -> list[Row]:
 
 
 def rows_of(job: Job, found: Finished) -> list[Row]:
-    """Rows of one finished run."""
+    """Rows of one finished run: of the ways of inference that all tasks were scored by at its end."""
     return [
         Row(
             variant=job.variant,
@@ -84,7 +84,14 @@ def rows_of(job: Job, found: Finished) -> list[Row]:
             matrix=scores.matrix,
         )
         for mode, scores in found.modes.items()
+        if _scored(scores.matrix)
     ]
+
+
+def _scored(matrix: Matrix) -> bool:
+    cells = [cell for task in matrix for cell in task]
+    never = all(cell is None for cell in cells)  # a model that isn't trained has scores from before the first task only
+    return never or all(task[-1] is not None for task in matrix)
 
 
 def at_equal_steps(rows: Sequence[Row], jobs: Iterable[Job]) -> list[Row]:
