@@ -154,24 +154,27 @@ def _execute(
 
                 with console.status("starting Ray"):
                     connect(config, meanwhile=_NEEDED_SOON)
+            run_id = opened.result()
+            record["mlflow_run_id"] = run_id
+            write_record(run_dir, record)
+            job = {
+                "config": config.as_dict(),
+                "run_dir": str(run_dir),
+                "cache": str(cache_folder(config) / "tokens"),
+                "tasks": [asdict(task) | {"splits": dict(task.splits)} for task in prepared.stream],
+                "run_name": run_dir.name,
+                "tracking_uri": for_others(resolve_tracking_uri(config.tracking.uri, run_dir.parent)),
+                "mlflow_run_id": run_id,
+            }
+            storage.send()
+            job = storage.handed_over(job, prepared)
         except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            finish_run(run_dir, config.tracking.uri, opened.result(), "KILLED" if interrupted else "FAILED")
+            ended: Status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            if not opened.exception():
+                finish_run(run_dir, config.tracking.uri, opened.result(), ended)
+            if known := read_run_json(run_dir):
+                write_record(run_dir, known | {"status": ended})
             raise
-    run_id = opened.result()
-    record["mlflow_run_id"] = run_id
-    write_record(run_dir, record)
-    job = {
-        "config": config.as_dict(),
-        "run_dir": str(run_dir),
-        "cache": str(cache_folder(config) / "tokens"),
-        "tasks": [asdict(task) | {"splits": dict(task.splits)} for task in prepared.stream],
-        "run_name": run_dir.name,
-        "tracking_uri": for_others(resolve_tracking_uri(config.tracking.uri, run_dir.parent)),
-        "mlflow_run_id": run_id,
-    }
-    storage.send()
-    job = storage.handed_over(job, prepared)
     if commit:
         console.print(f"going on after {commit.position.global_step} steps, at task {commit.position.unit + 1}")
     status: Status = "FAILED"

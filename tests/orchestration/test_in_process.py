@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from rich.console import Console
 from tests.support.streams import TASKS, execute, tiny_config
 from tests.support.whole_runs import STEPS, Result, adapters, events, points, wait_for
 from treelora.errors import ConfigError
+from treelora_platform import tracking
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.run import RunFailedError, run_experiment
 from treelora_platform.run_tables import read_run_json
-from treelora_platform.tracking import resolve_tracking_uri
+from treelora_platform.tracking import resolve_tracking_uri, start_run
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115  (for as long as this process)
 TREELORA = str(Path(sys.executable).with_name("treelora"))
@@ -63,6 +66,24 @@ def test_no_ray_and_no_deepspeed(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert "loaded: []" in done.stdout
+
+
+def test_an_interrupt_while_mlflow_is_slow_closes_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*args: Any, **options: Any) -> str | None:
+        run_id = start_run(*args, **options)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.5)
+        return run_id
+
+    monkeypatch.setattr(tracking, "start_run", slow)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(config_here(tmp_path), QUIET)
+    client = MlflowClient(resolve_tracking_uri(None, tmp_path))
+    [run] = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    assert run.info.status == "KILLED"
+    assert read_run_json(tmp_path / "tiny") == {}  # nothing was begun: another configuration may have the name
+    monkeypatch.undo()
+    assert run_experiment(config_here(tmp_path), QUIET).mlflow_run_id == run.info.run_id
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
