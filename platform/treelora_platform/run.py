@@ -172,8 +172,8 @@ def _execute(
             ended: Status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
             if not opened.exception():
                 finish_run(run_dir, config.tracking.uri, opened.result(), ended)
-            if known := read_run_json(run_dir):
-                write_record(run_dir, known | {"status": ended})
+            if "mlflow_run_id" in record:  # else `run.json` is still an earlier attempt's, which may have finished
+                write_record(run_dir, record | {"status": ended})
             raise
     if commit:
         console.print(f"going on after {commit.position.global_step} steps, at task {commit.position.unit + 1}")
