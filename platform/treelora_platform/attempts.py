@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import threading
@@ -24,7 +23,6 @@ LESS_MEMORY = (
     "evaluation.batch_rows, set model.gradient_checkpointing, or engine.zero_stage 3 with engine.offload_weights"
 )
 DISK_FULL = "the disk is full: make room and run the same command again; what was committed is intact"
-_HEALTH_CHECK = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 
 
 def fit(
@@ -59,8 +57,6 @@ def fit(
 
     from treelora_platform.trainer import Trainer
 
-    if config.cluster.stall_seconds:
-        os.environ[_HEALTH_CHECK] = str(config.cluster.stall_seconds)  # for workers whose whole process is frozen
     failure = stands = ""
     failures = tries = 0
     while failures <= config.cluster.max_failures:

@@ -38,7 +38,9 @@ _ENVIRONMENT_ALONE = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train's, which would else set it for its controller only
 }
+_HEALTH_CHECK = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 # Ray's own messages would break the progress display; errors reach the user through our exceptions.
 _QUIET = ("ray", "ray.train", "ray.tune", "ray.data")
 
@@ -56,6 +58,8 @@ def connect(config: ExperimentConfig, meanwhile: Sequence[str] = ()) -> None:
     address = os.environ.get("RAY_ADDRESS")
     for key, value in (_ENVIRONMENT if address else _ENVIRONMENT | _ENVIRONMENT_ALONE).items():
         os.environ.setdefault(key, value)
+    if config.cluster.stall_seconds:
+        os.environ[_HEALTH_CHECK] = str(config.cluster.stall_seconds)  # for workers whose whole process is frozen
     import ray
 
     for name in _QUIET:

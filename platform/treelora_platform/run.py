@@ -151,9 +151,11 @@ def _execute(
         try:
             if config.cluster.workers:
                 from treelora_platform.cluster import connect
+                from treelora_platform.workers_ahead import start_ahead
 
                 with console.status("starting Ray"):
                     connect(config, meanwhile=_NEEDED_SOON)
+                    start_ahead(config)
             run_id = opened.result()
             record["mlflow_run_id"] = run_id
             write_record(run_dir, record)

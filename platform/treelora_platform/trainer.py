@@ -9,7 +9,7 @@ from typing import Any
 
 import ray.train
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.config import FailureConfig, RunConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from treelora_platform.cluster import owns_ray
@@ -17,6 +17,7 @@ from treelora_platform.config import ExperimentConfig
 from treelora_platform.group_start import GroupStart
 from treelora_platform.placement import worker_resources
 from treelora_platform.process_group import ProcessGroup
+from treelora_platform.workers_ahead import worker_variables
 
 
 class FixedNodes(FixedScalingPolicy):
@@ -49,6 +50,13 @@ class Trainer(DataParallelTrainer):
         name: str,
     ) -> None:
         self._run_dir, self._stall_seconds = run_dir, config.cluster.stall_seconds
+        run_config: Any = RunConfig(  # of V2, whatever the base class's annotation says
+            name=f"{name}-{int(time.time())}",
+            storage_path=str(run_dir / "ray"),
+            worker_runtime_env={"env_vars": worker_variables(config)},
+            # Ray would retry every exception, a mistake in the data too, and on as many workers as before
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+        )
         super().__init__(
             work,
             train_loop_config=job,
@@ -58,17 +66,12 @@ class Trainer(DataParallelTrainer):
                 use_gpu=config.cluster.gpus_per_worker > 0,
                 resources_per_worker=worker_resources(config.cluster),
             ),
-            run_config=ray.train.RunConfig(
-                name=f"{name}-{int(time.time())}",
-                storage_path=str(run_dir / "ray"),
-                # Ray would retry every exception, a mistake in the data too, and on as many workers as before
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
-            ),
+            run_config=run_config,
         )
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if owns_ray():
-            scaling: Any = self.scaling_config  # a class of V2, whatever the base class's annotation says
+            scaling: Any = self.scaling_config  # of V2, too
             parts["scaling_policy"] = FixedNodes(scaling)
         return super()._initialize_and_run_controller(**parts)
 
