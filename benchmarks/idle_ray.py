@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -84,28 +82,33 @@ def used(process: psutil.Process) -> tuple[int, float]:
 
 @contextmanager
 def idle_ray() -> Iterator[psutil.Process]:
-    """Ray runs on this machine, asleep; its driver.
+    """Ray runs on this machine, asleep; its driver."""
+    with tempfile.TemporaryDirectory() as folder:
+        driver = start_idle_ray(Path(folder))
+        try:
+            yield driver
+        finally:
+            driver.terminate()
+            driver.wait()
+
+
+def start_idle_ray(folder: Path) -> psutil.Popen:
+    """Driver of a Ray that has come to rest.
 
     Raises:
         RuntimeError: its worker didn't start.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _CODE, folder],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            end = time.monotonic() + START_S
-            while not (Path(folder) / "up").exists():
-                if time.monotonic() > end or process.poll() is not None:
-                    raise RuntimeError("Ray Train's worker didn't start")
-                time.sleep(0.2)
-            yield psutil.Process(process.pid)
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+    folder.mkdir(exist_ok=True)
+    driver = psutil.Popen(
+        [sys.executable, "-c", _CODE, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    end = time.monotonic() + START_S
+    while not (folder / "up").exists():
+        if time.monotonic() > end or driver.poll() is not None:
+            driver.kill()
+            raise RuntimeError("Ray Train's worker didn't start")
+        time.sleep(0.2)
+    return driver
 
 
 if __name__ == "__main__":

@@ -130,11 +130,53 @@ def _execute(
 ) -> Outcome:
     from treelora_platform.closing import close_run
     from treelora_platform.progress import Watcher
-    from treelora_platform.tracking import finish_run, for_others, resolve_tracking_uri, start_run
 
     run_dir = storage.run_dir
     commit, _ = newest_commit(run_dir)
     record = new_record(config, prepared, read_run_json(run_dir))
+    job = _start(config, prepared, storage, console, record, parent_run_id, sweep)
+    if commit:
+        console.print(f"going on after {commit.position.global_step} steps, at task {commit.position.unit + 1}")
+    status: Status = "FAILED"
+    failure = None
+    try:
+        with Watcher(run_dir / "events.jsonl", console, config.method), storage.followed():
+            failure = _fit(config, job, record["attempts"], console, storage)
+        status = "FAILED" if failure else "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if missing := storage.collect(hurry=status != "FINISHED"):
+            status, failure = "FAILED" if status == "FINISHED" else status, failure or missing
+        record["status"] = status
+        write_record(run_dir, record)
+        report = close_run(run_dir, config, record["mlflow_run_id"], status)
+        if unsent := storage.close():
+            console.print(f"[yellow]the storage is not complete:[/] {escape(unsent)}", highlight=False)
+    if failure:
+        raise RunFailedError(f"{failure}\nWhat was committed is in {run_dir}; the same command goes on from there")
+    if not report.sent:
+        console.print(f"[yellow]MLflow is not complete:[/] {report.error}. {report.hint}")
+    return Outcome(run_dir, record["mlflow_run_id"])
+
+
+def _start(
+    config: ExperimentConfig,
+    prepared: PreparedStream,
+    storage: NoStorage,
+    console: Console,
+    record: dict[str, Any],
+    parent_run_id: str | None,
+    sweep: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Start Ray while MLflow opens the run; gives what workers get, and `record` the run's id.
+
+    Whatever stops it, the run is closed in MLflow, too.
+    """
+    from treelora_platform.tracking import finish_run, for_others, resolve_tracking_uri, start_run
+
+    run_dir = storage.run_dir
     (run_dir / "config.yaml").write_text(config.as_yaml(), encoding="utf-8")
     with ThreadPoolExecutor(1, "mlflow") as aside:
         opened = aside.submit(
@@ -156,8 +198,7 @@ def _execute(
                 with console.status("starting Ray"):
                     connect(config, meanwhile=_NEEDED_SOON)
                     start_ahead(config)
-            run_id = opened.result()
-            record["mlflow_run_id"] = run_id
+            record["mlflow_run_id"] = opened.result()
             write_record(run_dir, record)
             job = {
                 "config": config.as_dict(),
@@ -166,10 +207,10 @@ def _execute(
                 "tasks": [asdict(task) | {"splits": dict(task.splits)} for task in prepared.stream],
                 "run_name": run_dir.name,
                 "tracking_uri": for_others(resolve_tracking_uri(config.tracking.uri, run_dir.parent)),
-                "mlflow_run_id": run_id,
+                "mlflow_run_id": record["mlflow_run_id"],
             }
             storage.send()
-            job = storage.handed_over(job, prepared)
+            return storage.handed_over(job, prepared)
         except BaseException as error:
             ended: Status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
             if not opened.exception():
@@ -177,30 +218,6 @@ def _execute(
             if "mlflow_run_id" in record:  # else `run.json` is still an earlier attempt's, which may have finished
                 write_record(run_dir, record | {"status": ended})
             raise
-    if commit:
-        console.print(f"going on after {commit.position.global_step} steps, at task {commit.position.unit + 1}")
-    status: Status = "FAILED"
-    failure = None
-    try:
-        with Watcher(run_dir / "events.jsonl", console, config.method), storage.followed():
-            failure = _fit(config, job, record["attempts"], console, storage)
-        status = "FAILED" if failure else "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        if missing := storage.collect(hurry=status != "FINISHED"):
-            status, failure = "FAILED" if status == "FINISHED" else status, failure or missing
-        record["status"] = status
-        write_record(run_dir, record)
-        report = close_run(run_dir, config, run_id, status)
-        if unsent := storage.close():
-            console.print(f"[yellow]the storage is not complete:[/] {escape(unsent)}", highlight=False)
-    if failure:
-        raise RunFailedError(f"{failure}\nWhat was committed is in {run_dir}; the same command goes on from there")
-    if not report.sent:
-        console.print(f"[yellow]MLflow is not complete:[/] {report.error}. {report.hint}")
-    return Outcome(run_dir, run_id)
 
 
 def _fit(

@@ -6,11 +6,12 @@ from tests.architecture.test_imports import run_python
 
 CODE = """
 import json, psutil, ray
+from ray._private import services
 from ray._private.node import Node
 from treelora_platform.cluster import connect
 from treelora_platform.config import ExperimentConfig
 
-before = dict(vars(Node))
+before = dict(vars(Node)), services.get_node
 connect(ExperimentConfig())
 
 @ray.remote
@@ -21,7 +22,7 @@ answers = ray.get([squared.remote(number) for number in range(4)])
 lines = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
 ray.shutdown()
 import ray.dashboard.optional_deps
-print(json.dumps({"answers": answers, "lines": lines, "restored": before == dict(vars(Node))}))
+print(json.dumps({"answers": answers, "lines": lines, "restored": before == (dict(vars(Node)), services.get_node)}))
 """
 
 

@@ -1,11 +1,14 @@
 """What benchmarks count and compare, at sizes of toys: FLOPs by hand, scores by another way, which steps are taken."""
 
+import sys
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -13,7 +16,8 @@ from benchmarks import row_attention
 from benchmarks.evaluation import full_passes
 from benchmarks.measure import spread
 from benchmarks.shapes import Quiet, flops, train
-from benchmarks.training import Steps, sides
+from benchmarks.training import Measured, Steps, bare_steps, measured, paired, sides
+from benchmarks.turns import Side, ended, seconds_of
 from tests.support.streams import build_loop, tiny_config
 from treelora.evaluation.choice import score_choices
 from treelora.models.packing import base_model
@@ -79,16 +83,78 @@ def test_full_passes_give_the_same_scores() -> None:
             np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
-def test_sides_take_turns(tmp_path: Any) -> None:
-    rounds = [[name for name, _ in sides("demo", [f"output_dir={tmp_path}"], number)] for number in range(3)]
-    assert len(set(map(tuple, rounds))) == 3
-    assert len({frozenset(names) for names in rounds}) == 1
-    configs = dict(sides("demo", [f"output_dir={tmp_path}"], 0))
+def test_sides_have_as_many_threads_and_the_same_batches(tmp_path: Path) -> None:
+    configs = dict(sides("demo", [f"output_dir={tmp_path}"]))
     assert (configs["treelora"].method, configs["treelora"].cluster.workers) == ("treelora", 1)
     threads = {config.cluster.workers * config.cluster.cpus_per_worker for config in configs.values()}
     assert threads == {2.0}
+    assert len({(config.train.global_batch, config.seed) for config in configs.values()}) == 1
+    assert len({config.name for config in configs.values()}) == len(configs)
 
 
-def test_rates_and_spread() -> None:
-    assert Steps(np.array([1.0, 3.0]), np.array([10, 30])).rate == 10
+def test_steps_are_paired_by_their_number_where_both_are_whole() -> None:
+    numbers, tokens = np.arange(1, 8), np.arange(10, 80, 10)
+    one = measured(Steps(numbers, np.array([0.5, 1, 2, 3, 4, 5, 7]), tokens), [(0, 5.5), (6, 8)])
+    other = measured(Steps(numbers, np.array([0.5, 1, 1.5, 2, 2.5, 3, 3.5]), tokens), [(0, 4)])
+    assert one.seconds == {4: 1.0, 5: 1.0, 6: 1.0}  # without the first steps of a task, and the one with a pause
+    assert list(other.seconds) == [4, 5, 6, 7]
+    np.testing.assert_array_equal(paired(one, other), [[1, 0.5]] * 3)
+    np.testing.assert_array_equal(one.rates(), [40, 50, 60])
+    assert paired(one, Measured({}, {}, one.steps)).shape == (0, 2)
+
+
+def test_a_bare_loop_s_lines(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text(
+        '{"step": 1, "time": 2.5, "tokens": 30, "places": 40}\n'
+        '{"step": 2, "time": 3.5, "tokens": 45, "places": 60}\n{"step": 3, "ti'
+    )
+    steps = bare_steps(tmp_path / "lines")
+    assert steps.numbers.tolist() == [1, 2]
+    assert steps.ends.tolist() == [2.5, 3.5]
+    assert steps.padding == pytest.approx(0.25)
+
+
+TICKS = "import sys, time\nwhile True: print(time.time(), file=open(sys.argv[1], 'a')); time.sleep(0.01)"
+
+
+def test_who_is_frozen_does_nothing(tmp_path: Path) -> None:
+    def ticks(name: str) -> np.ndarray:
+        return np.array([float(line) for line in (tmp_path / name).read_text().splitlines()])
+
+    there = []
+    with ended(there):
+        for name in ("one", "other"):
+            # a program whose child does the work, as Ray's driver
+            code = (
+                f"import subprocess, sys; subprocess.run([sys.executable, '-c', {TICKS!r}, {str(tmp_path / name)!r}])"
+            )
+            there.append(Side(name, [psutil.Popen([sys.executable, "-c", code])]))
+            there[-1].wait_for((tmp_path / name).exists, 60)
+            there[-1].freeze()
+        for _ in range(2):
+            for side in there:
+                side.take_turn(0.5)
+        processes = [process for side in there for process in side.programs]
+    assert not any(process.is_running() for process in processes)
+    for side in there:
+        seen = ticks(side.name)
+        seen = seen[(seen > there[0].turns[0][0]) & (seen < there[-1].turns[-1][1])]
+        away = [min(max(begin - tick, tick - end, 0) for begin, end in side.turns) for tick in seen]
+        assert len(seen) > 10
+        assert max(away) < 0.1
+
+
+def test_a_program_that_ends_too_soon_is_told_of() -> None:
+    side = Side("short", [psutil.Popen([sys.executable, "-c", ""])])
+    with ended([side]), pytest.raises(RuntimeError, match="short: ended"):
+        side.wait_for(lambda: False, 60)
+
+
+def test_a_step_with_a_pause_has_no_time() -> None:
+    ends = np.array([1.0, 2.0, 4.0, 8.0, 9.0, 20.0])
+    seconds = seconds_of(ends, [(0.5, 4.5), (7.5, 9.5)])
+    np.testing.assert_array_equal(seconds, [1, 2, np.nan, 1, np.nan])
+
+
+def test_spread() -> None:
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0], 1) == "3.0 (2.0 to 4.0)"
