@@ -18,10 +18,8 @@ from treelora_platform.config import load_config
 from treelora_platform.trainer import Trainer
 from treelora_platform.workers_ahead import start_ahead
 
-folder, engine, workers = Path({folder!r}), {engine!r}, {workers}
-config = load_config("jobs/configs/demo.yaml", [
-    f"engine.kind={{engine}}", f"cluster.workers={{workers}}", "cluster.cpus_per_worker=1", "cluster.stall_seconds=300",
-])
+folder, workers = Path({folder!r}), 2
+config = load_config("jobs/configs/demo.yaml", ["cluster.stall_seconds=300"])
 
 def idle():
     return {{p.pid for p in psutil.Process().children(recursive=True) if "ray::IDLE" in " ".join(p.cmdline())}}
@@ -48,14 +46,12 @@ print(json.dumps({{"before": sorted(before), "found": found}}))
 """
 
 
-@pytest.mark.parametrize(("engine", "workers"), [("deepspeed", 2), ("torch", 1)])
-def test_workers_are_the_processes_that_were_started_ahead(tmp_path: Path, engine: str, workers: int) -> None:
-    code = CODE.format(folder=str(tmp_path), engine=engine, workers=workers)
-    answer = json.loads(run_python(code).splitlines()[-1])
+def test_workers_are_the_processes_that_were_started_ahead(tmp_path: Path) -> None:
+    answer = json.loads(run_python(CODE.format(folder=str(tmp_path))).splitlines()[-1])
     assert sorted(found["pid"] for found in answer["found"]) == answer["before"]
     for found in answer["found"]:
         assert found["worker"]
-        assert found["engine"] == (engine == "deepspeed")
+        assert found["engine"]
         assert found["threads"] == "1"
 
 
