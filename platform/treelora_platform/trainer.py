@@ -15,6 +15,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from treelora_platform.cluster import owns_ray
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.group_start import GroupStart
+from treelora_platform.no_synchronization import leave_out_synchronization
 from treelora_platform.placement import worker_resources
 from treelora_platform.process_group import ProcessGroup
 from treelora_platform.workers_ahead import worker_variables
@@ -25,6 +26,7 @@ class FixedNodes(FixedScalingPolicy):
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Without a request there is no client either, and nothing to cancel."""
+        leave_out_synchronization()
 
     def _maybe_send_resource_request(self) -> None:
         pass
