@@ -111,8 +111,7 @@ class TreeLoRA(Method):
         self._step, self._observation, self._scalars = step, None, {}
         if not self.past.groups:
             return
-        answer = self.memory.collect() if self.memory else None
-        self.arms_L, self.lcb_L = self.engine.broadcast(answer)  # type: ignore[misc]
+        self.arms_L, self.lcb_L = self._agreed(self.memory.collect() if self.memory else None)
         if self.source.known_before_step:
             self._observe(self._residuals(self.source.of_step(step)))
 
@@ -219,6 +218,14 @@ class TreeLoRA(Method):
             return
         shapes = {name: tensor.shape for name, tensor in self.engine.adapter_tensors().items()}
         self.engine.write_adapter({name: fresh_tensor(name, shape, self.seed) for name, shape in shapes.items()})
+
+    def _agreed(self, answer: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
+        """Rank 0's answer on every rank: a sum in which the others have zeros is one message; an object is two."""
+        both_2L = np.zeros((2, len(set(self._layer_index.values()))), np.float32)
+        if answer is not None:
+            both_2L[:] = answer  # numbers of arms are exact far beyond what there will be of them
+        arms_L, lcb_L = self.engine.all_reduce(torch.from_numpy(both_2L).to(self.engine.device)).cpu().numpy()
+        return arms_L.astype(np.int64), lcb_L
 
     def _residuals(self, sketch_LK: Tensor) -> Tensor:
         """The residuals of Eq. 2, in the sketch space: of the chosen arms, or of all where the search is `full`."""
