@@ -16,8 +16,6 @@ from treelora_platform.lean_imports import without
 
 _UNNEEDED = ("start_api_server", "start_monitor", "start_log_monitor")
 """What starts the dashboard, the autoscaler (of one machine), and what brings workers' output to the driver."""
-
-
 _NODE_POLL_S, _NODE_PATIENCE_S = 0.02, 30.0
 
 
@@ -33,7 +31,8 @@ def lean_head() -> Iterator[None]:
                 stack.enter_context(patch.object(Node, name, _nothing))
         # Without these a node's agent has no web server, as in a Ray that was installed without its extras.
         stack.enter_context(without("ray.dashboard.optional_deps"))
-        stack.enter_context(patch.object(services, "get_node", _watchful(services.get_node)))
+        if hasattr(services, "get_node"):
+            stack.enter_context(patch.object(services, "get_node", _watchful(services.get_node)))
         yield
 
 

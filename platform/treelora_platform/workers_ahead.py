@@ -13,6 +13,7 @@ import os
 from importlib import import_module
 from typing import Any
 
+from treelora.errors import one_line
 from treelora_platform.cluster import owns_ray
 from treelora_platform.config import ExperimentConfig
 
@@ -39,6 +40,14 @@ def start_ahead(config: ExperimentConfig) -> None:
     variables = worker_variables(config)
     if not variables:
         return
+    try:
+        _ask_node(config.cluster.workers, variables)
+    # of a Ray whose inner parts are others; then workers begin when they are asked for, as on a cluster
+    except (ImportError, AttributeError, ConnectionError) as error:
+        _log.warning("Ray's node has started no worker ahead: %s", one_line(error))
+
+
+def _ask_node(workers: int, variables: dict[str, str]) -> None:
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
     from ray._private.worker import global_worker
@@ -47,9 +56,7 @@ def start_ahead(config: ExperimentConfig) -> None:
     from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
     from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
-    request = PrestartWorkersRequest(
-        language=Language.PYTHON, num_workers=config.cluster.workers, keep_alive_duration_secs=_KEEP_S
-    )
+    request = PrestartWorkersRequest(language=Language.PYTHON, num_workers=workers, keep_alive_duration_secs=_KEEP_S)
     # byte for byte what Ray makes of a worker's environment and its controller's
     environment = {"env_vars": get_env_vars_to_propagate() | variables}
     request.runtime_env_info.serialized_runtime_env = json.dumps(environment, sort_keys=True, separators=(",", ":"))
@@ -57,8 +64,8 @@ def start_ahead(config: ExperimentConfig) -> None:
     with init_grpc_channel(f"{node.node_ip_address}:{node.node_manager_port}") as channel:
         try:
             NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=_PATIENCE_S)
-        except grpc.RpcError as error:  # then workers begin when they are asked for, as on a cluster
-            _log.warning("Ray's node has started no worker ahead: %s", error)
+        except grpc.RpcError as error:
+            raise ConnectionError(str(error)) from None
 
 
 def import_ahead() -> None:

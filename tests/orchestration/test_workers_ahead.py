@@ -1,13 +1,14 @@
 """Workers of a Ray of our own, in a process of its own: they are there, with all imports, when they are asked for."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.architecture.test_imports import run_python
 from treelora_platform.config import load_config
-from treelora_platform.workers_ahead import HOOK, worker_variables
+from treelora_platform.workers_ahead import HOOK, start_ahead, worker_variables
 
 CODE = """
 import json, os, sys, time
@@ -69,3 +70,13 @@ def test_only_a_ray_of_our_own_starts_workers_ahead(monkeypatch: pytest.MonkeyPa
     assert worker_variables(config)["OMP_NUM_THREADS"] == "5"
     with_gpus = load_config("jobs/configs/demo.yaml", ["cluster.gpus_per_worker=1"])
     assert worker_variables(with_gpus) == {}
+
+
+def test_a_ray_with_other_parts_starts_workers_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("treelora_platform.workers_ahead.owns_ray", lambda: True)
+    monkeypatch.setitem(sys.modules, "ray.core.generated.node_manager_pb2", None)
+    start_ahead(load_config("jobs/configs/demo.yaml", []))
+    assert "started no worker ahead" in caplog.text
+    assert "node_manager_pb2" in caplog.text
