@@ -217,4 +217,5 @@ def test_the_shipped_studies_meet_confusable_pairs_and_share_their_runs(tmp_path
         names = [
             {job.config.name for job in Bench(studies[stem], tmp_path).compared(["treelora"], {})} for stem in stems
         ]
-        assert names[0] == names[1]
+        assert names[1]
+        assert names[1] <= names[0]
