@@ -22,8 +22,7 @@ def rank_with(memory: Any, sent: list[torch.Tensor]) -> TreeLoRA:
     method = TreeLoRA(TreeLoRAOptions(), memory)
     method.engine = SimpleNamespace(all_reduce=all_reduce, device=torch.device("cpu"))  # type: ignore[assignment]
     method.past = Past(np.zeros((3, 3, 1), np.float32), ((0,), (1,), (2,)))
-    method.source = SimpleNamespace(known_before_step=False)  # type: ignore[assignment]
-    method._layer_index = {"a.lora_A": 0, "a.lora_B": 0, "b.lora_A": 1, "c.lora_A": 2}
+    method.source = SimpleNamespace(known_before_step=False, names=["a", "b", "c"])  # type: ignore[assignment]
     return method
 
 

@@ -221,7 +221,7 @@ class TreeLoRA(Method):
 
     def _agreed(self, answer: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
         """Rank 0's answer on every rank: a sum in which the others have zeros is one message; an object is two."""
-        both_2L = np.zeros((2, len(set(self._layer_index.values()))), np.float32)
+        both_2L = np.zeros((2, len(self.source.names)), np.float32)
         if answer is not None:
             both_2L[:] = answer  # numbers of arms are exact far beyond what there will be of them
         arms_L, lcb_L = self.engine.all_reduce(torch.from_numpy(both_2L).to(self.engine.device)).cpu().numpy()
