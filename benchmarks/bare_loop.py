@@ -1,7 +1,7 @@
 """`python -m benchmarks.bare_loop CONFIG OUT [by-hand]`: a loop of peft and torch alone on a stream's second task.
 
 What the platform is compared with (`benchmarks.training`): the same arithmetic on the same batches; with `by-hand` as
-one writes it, rows padded to the longest and logits at every position. Writes a line of JSON a step.
+one writes it, rows padded to the longest and logits at every position. Writes an event a step, as a run does.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def main(config_file: str, out: str, *how: str) -> None:
             loss.item()
             rows = batch if how or not batch["packed"] else batch["packed"]
             places, tokens = rows["input_ids"].numel(), unit.tokens(step)
-            print(json.dumps({"step": step + 1, "time": time.time(), "tokens": tokens, "places": places}), file=file)
+            done = {"kind": "step", "time": time.time(), "step": step + 1, "tokens": tokens, "places": places}
+            print(json.dumps(done), file=file)
             file.flush()
 
 

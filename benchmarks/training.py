@@ -17,14 +17,12 @@ from the end of one step to the end of the next; steps with a pause in them are 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -34,6 +32,7 @@ from rich.table import Table
 from benchmarks.idle_ray import start_idle_ray
 from benchmarks.measure import footer, spread
 from benchmarks.turns import Side, ended, seconds_of
+from treelora_platform.chaos.trigger import Tail
 from treelora_platform.config import ExperimentConfig, load_config
 from treelora_platform.prepare import run_folder
 from treelora_platform.run_tables import read_steps
@@ -144,7 +143,7 @@ def start(name: str, config: ExperimentConfig, folder: Path) -> Learner:
     beside = [start_idle_ray(folder / "idle")] if name.endswith("beside Ray") else []
     by_hand = ["by-hand"] if name.endswith("by hand") else []
     program = _program("benchmarks.bare_loop", str(file), str(out), *by_hand)
-    return Learner(name, [*beside, program], lambda: len(_lines(out)), lambda: bare_steps(out))
+    return Learner(name, [*beside, program], lambda: len(Tail(out).read()), lambda: bare_steps(out))
 
 
 def _program(*arguments: str) -> psutil.Popen:
@@ -154,7 +153,9 @@ def _program(*arguments: str) -> psutil.Popen:
 
 def platform_done(run_dir: Path) -> int:
     """The second task's steps so far of a run by the command that everybody uses."""
-    events = [event for event in _lines(run_dir / "events.jsonl") if event["kind"] == "step" and event["unit"] == 1]
+    events = [
+        event for event in Tail(run_dir / "events.jsonl").read() if event["kind"] == "step" and event["unit"] == 1
+    ]
     return events[-1]["step"] if events else 0
 
 
@@ -168,14 +169,9 @@ def platform_steps(run_dir: Path) -> Steps:
 
 def bare_steps(path: Path) -> Steps:
     """Of `benchmarks.bare_loop`."""
-    lines = _lines(path)
+    lines = Tail(path).read()
     columns = [np.array([line[name] for line in lines]) for name in ("step", "time", "tokens")]
     return Steps(*columns, padding=1 - columns[2].sum() / sum(line["places"] for line in lines))
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def report(found: dict[str, Measured]) -> None:

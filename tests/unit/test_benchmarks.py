@@ -105,8 +105,8 @@ def test_steps_are_paired_by_their_number_where_both_are_whole() -> None:
 
 def test_a_bare_loop_s_lines(tmp_path: Path) -> None:
     (tmp_path / "lines").write_text(
-        '{"step": 1, "time": 2.5, "tokens": 30, "places": 40}\n'
-        '{"step": 2, "time": 3.5, "tokens": 45, "places": 60}\n{"step": 3, "ti'
+        '{"kind": "step", "step": 1, "time": 2.5, "tokens": 30, "places": 40}\n'
+        '{"kind": "step", "step": 2, "time": 3.5, "tokens": 45, "places": 60}\n{"kind": "step", "step": 3, "ti'
     )
     steps = bare_steps(tmp_path / "lines")
     assert steps.numbers.tolist() == [1, 2]
