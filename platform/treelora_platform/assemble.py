@@ -26,6 +26,7 @@ from treelora.methods import METHODS, Memory, Method, TreeLoRA, TreeLoRAOptions
 from treelora.methods.prompting import Prompting
 from treelora.methods.slices import Accumulating
 from treelora.methods.treelora_official import OfficialTreeLoRA
+from treelora.methods.treelora_protected import ProtectedTreeLoRA
 from treelora.models.causal import load_model, load_tokenizer
 from treelora.models.prompted import Prompted
 from treelora.models.spec import ModelSpec
@@ -43,7 +44,7 @@ def load_adapted_model(config: ExperimentConfig, tasks: int, classes: int = 0) -
 
     There is room for all tasks where a method gives each its own rank or prompt.
     """
-    model, lora, kind = config.model, config.lora, METHODS[config.method]
+    model, lora, kind = config.model, config.lora, method_class(config)
     times = tasks if kind.accumulates else 1
     spec = ModelSpec(model.name, model.dtype, model.gradient_checkpointing, model.random_weights, config.seed)
     shape = LoraSpec(times * lora.rank, times * lora.alpha, lora.dropout, lora.target_modules, lora.layers)
@@ -166,14 +167,25 @@ def _arms_within(options: TreeLoRAOptions, layers: int, tensors: Mapping[str, Te
     return arms
 
 
+def method_class(config: ExperimentConfig) -> type[Method]:
+    """What an experiment's method is implemented by."""
+    if config.method == "treelora" and config.treelora.search == "official":
+        return OfficialTreeLoRA
+    if config.method == "treelora" and config.treelora.protect is not None:
+        return ProtectedTreeLoRA
+    return METHODS[config.method]
+
+
 def make_method(config: ExperimentConfig, engine: Engine, make_memory: MakeMemory) -> Method:
     """The method of an experiment."""
-    if config.method == "treelora" and config.treelora.search == "official":
+    kind, options = method_class(config), getattr(config, config.method, None)
+    if kind is OfficialTreeLoRA:
         return OfficialTreeLoRA(config.treelora, config.seed)
     if config.method == "treelora":
         memory = make_memory(memory_config(config, engine)) if engine.rank == 0 else None
+        if kind is ProtectedTreeLoRA:
+            return ProtectedTreeLoRA(config.treelora, memory, config.seed, rank=config.lora.rank)
         return TreeLoRA(config.treelora, memory, config.seed)
-    kind, options = METHODS[config.method], getattr(config, config.method, None)
     if issubclass(kind, Accumulating):
         return kind(options, config.seed, rank=config.lora.rank)
     return kind(options, config.seed)

@@ -108,7 +108,8 @@ class ExperimentConfig(Options):
                 f"engine.offload_optimizer: DeepSpeed then clips by the norm that gradients had before method "
                 f"{self.method} changed them; set it to false"
             )
-        if self.method in ACCUMULATING and self.train.weight_decay:
+        protected = self.method == "treelora" and self.treelora.protect is not None
+        if (self.method in ACCUMULATING or protected) and self.train.weight_decay:
             raise ValueError(
                 f"train.weight_decay {self.train.weight_decay:g} would shrink what method {self.method} has learnt "
                 "before; set it to 0"

@@ -18,7 +18,7 @@ from treelora.methods.extra_gradient import adapter_gradient
 from treelora.methods.treelora_pull import Losses
 from treelora.objective import answer_loss
 from treelora.options.tree import TreeLoRAOptions
-from treelora.signature import GradientProbe, adapter_value_vectors, gradient_vectors
+from treelora.signature import GradientProbe, Observe, adapter_value_vectors, gradient_vectors
 from treelora.sketch import CountSketch, normalise
 
 STEPS_A_PROBE, MOST_PROBES = 25, 4
@@ -33,15 +33,15 @@ class SignatureSource:
     `adapter_value` takes the values of A, as the released code does.
     """
 
-    def __init__(self, options: TreeLoRAOptions, engine: Engine, seed: int):
+    def __init__(self, options: TreeLoRAOptions, engine: Engine, seed: int, rank: int | None = None):
+        """With the rank of the probes; None: the adapter's."""
         self.kind, self.engine = options.signature, engine
         self.probe_batches = options.probe_batches
         self.keeps_full = self.kind == "gradient" and options.penalty in ("soft", "sign", "exact")
         self.names = layer_names(list(engine.adapter_tensors()))
         if self.kind == "probe_b":
-            tensors = engine.adapter_tensors()
-            rank = next(t.shape[0] for name, t in tensors.items() if ".lora_A." in name)
-            self._probe = GradientProbe(engine.module, rank, seed)
+            shapes = (tensor.shape for name, tensor in engine.adapter_tensors().items() if ".lora_A." in name)
+            self._probe = GradientProbe(engine.module, rank or next(shapes)[0], seed)
             dims = self._probe.layer_dims
         else:
             dims = [vector.numel() for vector in self._vectors(engine.adapter_tensors())]
@@ -68,21 +68,21 @@ class SignatureSource:
         """The task's signature so far: unit length per layer, zero where nothing was seen."""
         return normalise(self._sum_LK)
 
-    def measure(self, task: TaskContext) -> None:
-        """Before training. Collective."""
+    def measure(self, task: TaskContext, observe: Observe | None = None) -> None:
+        """Before training; `observe` as in `GradientProbe.measure`. Collective."""
         if self.kind != "probe_b":
             return
         wanted = self.probe_batches or min(max(1, task.steps // STEPS_A_PROBE), MOST_PROBES)
         count = min(wanted, task.steps)
-        raw = torch.stack([self._measure_batch(task, round(i * task.steps / count)) for i in range(count)])
+        raw = torch.stack([self._measure_batch(task, round(i * task.steps / count), observe) for i in range(count)])
         raw = self.engine.all_reduce(raw, mean=True).cpu()
         self._per_batch_PLK, self._sum_LK = torch.stack([normalise(batch_LK) for batch_LK in raw]), raw.sum(0)
 
-    def _measure_batch(self, task: TaskContext, step: int) -> Tensor:
+    def _measure_batch(self, task: TaskContext, step: int, observe: Observe | None) -> Tensor:
         total = torch.zeros_like(self._sum_LK, device=self.engine.device)
         for batch in task.micro_batches(step):
             normaliser = task.normaliser(step)
-            gradients = self._probe.measure(partial(answer_loss, self.engine.module, batch, normaliser))
+            gradients = self._probe.measure(partial(answer_loss, self.engine.module, batch, normaliser), observe)
             total += self._count_sketch.sketch(gradients)
         return total
 

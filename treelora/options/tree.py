@@ -68,6 +68,13 @@ class TreeLoRAOptions(Options):
         description="Global batches that the signature of a task is measured on; null: one for every 25 steps of the "
         "task, from 1 to 4.",
     )
+    protect: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of what its loss reads of a layer's inputs that a past task keeps to itself: later tasks "
+        "learn beside it, in slices of their own and without a search; null: all tasks learn in one adapter.",
+    )
     budget_mib: float | None = Field(
         None, gt=0, description="Most that past tasks may take, in MiB; beyond it the two closest are merged."
     )
@@ -99,6 +106,23 @@ class TreeLoRAOptions(Options):
                 f"{official[0]} 'official': the released search, tree and penalty work on its own sums of values of A, "
                 "so they go together; set preset to official and leave signature, search, tree and penalty out"
             )
+        if self.protect is not None:
+            self._protection_fits()
         if official and (self.start != "continue" or self.budget_mib is not None):
             raise ValueError("start and budget_mib: the released code goes on from the last task and merges nothing")
         return self
+
+    def _protection_fits(self) -> None:
+        wanted: dict[str, tuple[Any, ...]] = {
+            "signature": ("probe_b",),
+            "penalty": ("prox", "none"),
+            "start": ("continue",),
+            "search": ("tree_lcb",),
+            "budget_mib": (None,),
+        }
+        for axis, values in wanted.items():
+            if (value := getattr(self, axis)) not in values:
+                raise ValueError(
+                    f"{axis} {value!r} doesn't go with protect, where each task has a slice of its own; set {axis} to "
+                    f"{' or '.join('null' if value is None else value for value in values)}, or protect to null"
+                )

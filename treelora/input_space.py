@@ -1,0 +1,144 @@
+"""What a task reads of its layers' inputs, and the room that this leaves for other tasks.
+
+A linear layer's gradient sum_t g_t x_t^T, over tokens t with inputs x_t and gradients g_t at the layer's output, lies
+in the span of the inputs; a change of weights that sends these to zero changes nothing for the task (gradient
+projection memory, arXiv 2103.09762). How much a task minds a change along some direction of the inputs is told by
+
+    M = sum_t |g_t|^2 x_t x_t^T
+
+which is the empirical Fisher information of the layer's weights, each token for itself, summed over the outputs. Few of
+its eigenvalues are large, fewer than of the inputs' covariance sum_t x_t x_t^T.
+
+Either is kept as M Omega, a product with K columns of random signs, which adds up over tokens, steps and workers; it
+gives K approximate eigenvectors (Nystroem's method; arXiv 1706.05736, algorithm 3), exact ones where K is all of d.
+
+Shapes: L layers, d inputs of a layer, K columns, p protected directions, r rank, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from treelora.engine import Engine
+from treelora.sketch import keyed_bits
+
+PURPOSE_INPUTS = 11
+NEGLIGIBLE = 1e-6
+"""Eigenvalues of a sketch in float32 below this share of the largest are rounding."""
+Spaces = dict[str, Tensor]
+"""Layers' protected directions, orthonormal [d, p] float32, on the CPU."""
+Spectrum = tuple[Tensor, Tensor, float]
+"""Eigenvectors [d, K] and eigenvalues [K] of M, the largest first, float64; and M's trace."""
+
+
+class InputMoments:
+    """The layers' sketches and traces as tokens come in; the same columns in every worker and session."""
+
+    def __init__(self, widths: Mapping[str, int], size: int, seed: int, device: torch.device) -> None:
+        """Layers by name with their numbers of inputs. K is `size`, or d where that is less."""
+        self.layers = tuple(widths)
+        self._omegas = [_signs(layer, width, min(size, width), seed).to(device) for layer, width in widths.items()]
+        self._places: list[slice] = []
+        start = 0
+        for omega_dK in self._omegas:
+            self._places.append(slice(start, start + omega_dK.numel() + 1))
+            start += omega_dK.numel() + 1
+        self.sums = torch.zeros(start, device=device)
+        """Of this worker: a layer's sketch, then its trace, then the next layer's."""
+        self._new = torch.zeros_like(self.sums)
+
+    def add(self, layer: int, x_Td: Tensor, weights_T: Tensor) -> None:
+        """Take in a layer's tokens, each as often as its weight says; they count from `keep` on."""
+        x_Td, heavy_Td = x_Td.float(), x_Td.float() * weights_T.float()[:, None]
+        new = self._new[self._places[layer]]
+        new[:-1] += (heavy_Td.T @ (x_Td @ self._omegas[layer])).flatten()
+        new[-1] += (heavy_Td * x_Td).sum()
+
+    def keep(self) -> None:
+        """What was taken in since the last `keep` or `drop` counts."""
+        self.sums += self._new
+        self.drop()
+
+    def drop(self) -> None:
+        """What was taken in since the last `keep` or `drop` doesn't count."""
+        self._new.zero_()
+
+    def spectra(self, engine: Engine) -> dict[str, Spectrum]:
+        """Of all workers' tokens; {} except on rank 0. Collective."""
+        sums = engine.all_reduce(self.sums.clone()).cpu().double()
+        if engine.rank:
+            return {}
+        return {
+            layer: (*eigen(sums[place][:-1].view(omega_dK.shape), omega_dK.cpu().double()), float(sums[place][-1]))
+            for layer, place, omega_dK in zip(self.layers, self._places, self._omegas, strict=True)
+        }
+
+
+def eigen(sketch_dK: Tensor, omega_dK: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors [d, K] and eigenvalues [K] of M from M Omega, the largest first; float64."""
+    size = float(sketch_dK.norm())
+    if size == 0:
+        return torch.zeros_like(sketch_dK), torch.zeros(sketch_dK.shape[1], dtype=sketch_dK.dtype)
+    shift = NEGLIGIBLE * size / math.sqrt(len(sketch_dK))  # so that what rounding left negative has a root
+    shifted_dK = sketch_dK + shift * omega_dK
+    core_KK = omega_dK.T @ shifted_dK
+    root_KK = torch.linalg.cholesky((core_KK + core_KK.T) / 2)
+    u_dK, s_K, _ = torch.linalg.svd(torch.linalg.solve_triangular(root_KK, shifted_dK.T, upper=False).T, False)
+    return u_dK, (s_K.square() - shift).clamp_min(0)
+
+
+def design(spectrum: Spectrum, space_dp: Tensor | None, rank: int) -> Tensor:
+    """The A of a task whose inputs have this spectrum: [r, d] float32, orthogonal to what is protected.
+
+    Its rows are the main directions of the inputs in what is free, 1/sqrt(3) long as those of an ordinary A are in the
+    mean; rows of zero where fewer directions are free.
+    """
+    main_dK, values_K = _free(spectrum, space_dp)
+    q_dr = main_dK[:, :rank]
+    peaks_r = q_dr.gather(0, q_dr.abs().argmax(0, keepdim=True)).squeeze(0)
+    signs_r = peaks_r.sign() * (
+        values_K[:rank] > NEGLIGIBLE * spectrum[2]
+    )  # an eigenvector's sign is arbitrary: fix it
+    a_rd = torch.zeros(rank, len(main_dK))
+    a_rd[: q_dr.shape[1]] = ((q_dr * signs_r).T / math.sqrt(3)).float()
+    return a_rd
+
+
+def protect(spectrum: Spectrum, space_dp: Tensor | None, share: float) -> Tensor:
+    """The protected directions and as few more as leave at most 1 - share of M's trace free: [d, p] float32.
+
+    Never more than the K that M is known by.
+    """
+    main_dK, values_K = _free(spectrum, space_dp)
+    trace = spectrum[2]
+    free = trace - float(spectrum[1].sum() - values_K.sum())  # what the sketch doesn't know of is taken for free
+    left_K = free - values_K.cumsum(0)
+    more = 0 if free <= (1 - share) * trace else 1 + int((left_K > (1 - share) * trace).sum())
+    known = int((values_K > NEGLIGIBLE * trace).sum())
+    new_dp = main_dK[:, : min(more, known)].float()
+    return new_dp if space_dp is None else torch.cat([space_dp, new_dp], dim=1)
+
+
+def _free(spectrum: Spectrum, space_dp: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Eigenvectors and eigenvalues of M between the directions that aren't protected."""
+    vectors_dK, values_K, _ = spectrum
+    if space_dp is None:
+        return vectors_dK, values_K
+    scaled_dK = vectors_dK * values_K.sqrt()
+    space_dp = space_dp.double()
+    for _ in range(2):  # once leaves rounding of the large directions in the small ones
+        scaled_dK = scaled_dK - space_dp @ (space_dp.T @ scaled_dK)
+    main_dK, roots_K, _ = torch.linalg.svd(scaled_dK, full_matrices=False)
+    return main_dK, roots_K.square()
+
+
+def _signs(layer: str, width: int, size: int, seed: int) -> Tensor:
+    if size == width:
+        return torch.eye(width)
+    bits = keyed_bits(seed, zlib.crc32(layer.encode()), width * size, purpose=PURPOSE_INPUTS) >> 63
+    return torch.from_numpy(bits.astype("float32").reshape(width, size)) * 2 - 1
