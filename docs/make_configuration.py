@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -94,6 +94,8 @@ def _type_name(kind: Any) -> str:
     arguments = [argument for argument in get_args(kind) if argument is not Ellipsis]
     if kind is NoneType:
         return "null"
+    if get_origin(kind) is Annotated:
+        return _type_name(arguments[0])
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"sections like {SECTION_KEYS[kind]}"
     if arguments and all(not isinstance(argument, type) and get_origin(argument) is None for argument in arguments):

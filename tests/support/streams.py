@@ -86,6 +86,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "query soft full": {"treelora": {"signature": "query", "penalty": "soft", "search": "full"}},
     "tree_node pooled": {"treelora": {"start": "tree_node", "noise": "pooled"}},
     "budget": {"treelora": {"budget_mib": ONE_TASK_MIB, "start": "tree_node"}},
+    "protected": {"treelora": {"protect": 0.9}},
     "budget soft": {"treelora": {"signature": "gradient", "penalty": "soft", "budget_mib": ONE_TASK_MIB}},
     "sequential": {"method": "sequential", "evaluation": {"forward": True}},
     "joint": {"method": "joint"},

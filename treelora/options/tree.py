@@ -113,16 +113,10 @@ class TreeLoRAOptions(Options):
         return self
 
     def _protection_fits(self) -> None:
-        wanted: dict[str, tuple[Any, ...]] = {
-            "signature": ("probe_b",),
-            "penalty": ("prox", "none"),
-            "start": ("continue",),
-            "search": ("tree_lcb",),
-            "budget_mib": (None,),
-        }
-        for axis, values in wanted.items():
-            if (value := getattr(self, axis)) not in values:
+        fitting = {"signature": "probe_b", "start": "continue", "search": "tree_lcb", "budget_mib": None}
+        for axis, wanted in fitting.items():
+            if (value := getattr(self, axis)) != wanted:
                 raise ValueError(
                     f"{axis} {value!r} doesn't go with protect, where each task has a slice of its own; set {axis} to "
-                    f"{' or '.join('null' if value is None else value for value in values)}, or protect to null"
+                    f"{'null' if wanted is None else wanted}, or protect to null"
                 )

@@ -1,0 +1,247 @@
+"""TreeLoRA in protected slices: what it sees, what it leaves alone, and that it costs no pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.regularising import context
+from tests.support.streams import STEPS, TASKS, Recorded, build_loop, outcome, recorded, tiny_config
+from treelora.adapters import layer_of
+from treelora.engine import read_adapter
+from treelora.errors import ConfigError
+from treelora.loop import StreamLoop
+from treelora.methods.treelora_protected import MEASURED, ProtectedTreeLoRA
+from treelora.objective import answer_loss
+from treelora.signature import GradientProbe, adapted_modules, observed
+from treelora_platform.assemble import load_adapted_model
+
+N, R = len(TASKS), 2
+WIDTH = 32
+
+
+def protected_loop(folder: Path, treelora: dict[str, Any] | None = None, **changes: Any) -> StreamLoop:
+    options = {"protect": 0.9} | (treelora or {})
+    config = tiny_config(folder, **({"lora": {"dropout": 0.0}, "treelora": options} | changes))
+    return build_loop(config, Recorded())
+
+
+def learn(folder: Path, **treelora: Any) -> tuple[StreamLoop, dict[str, list[Any]]]:
+    """A stream to its end; adapters at the tasks' starts, the spaces kept after each, the tokens that were read."""
+    loop = protected_loop(folder, treelora)
+    method: Any = loop.method
+    seen: dict[str, list[Any]] = {"starts": [], "spaces": [], "tokens": []}
+    begin_task, end_task, read = method.begin_task, method.end_task, method._read
+
+    def begun(task: Any, engine: Any, bank: Any) -> None:
+        seen["tokens"].append([])
+        begin_task(task, engine, bank)
+        seen["starts"].append(read_adapter(engine))
+
+    def ended(engine: Any) -> None:
+        end_task(engine)
+        seen["spaces"].append(dict(method.spaces))
+
+    def recorded_read(layer: int, x_Sd: Tensor, g_SO: Tensor) -> None:
+        seen["tokens"][-1].append((method._step, method._measured, layer, x_Sd.clone(), g_SO.clone()))
+        read(layer, x_Sd, g_SO)
+
+    method.begin_task, method.end_task, method._read = begun, ended, recorded_read
+    loop.run()
+    return loop, seen
+
+
+def test_the_adapter_has_a_slice_for_each_task(tmp_path: Path) -> None:
+    loop = protected_loop(tmp_path)
+    assert isinstance(loop.method, ProtectedTreeLoRA)
+    assert {tensor.shape[0] for name, tensor in read_adapter(loop.engine).items() if ".lora_A." in name} == {N * R}
+    config = tiny_config(tmp_path, treelora={"protect": 0.9})
+    assert load_adapted_model(config, 5).peft_config["default"].r == 5 * R
+
+
+def test_observed_tokens_make_up_the_full_gradient(tmp_path: Path) -> None:
+    """sum_t g_t x_t^T is the gradient of the layer's own frozen weight, as autograd has it."""
+    loop = protected_loop(tmp_path)
+    task, module = context(loop, 0), loop.engine.module
+    layers: list[tuple[str, Any]] = adapted_modules(module)
+    sums = [torch.zeros(layer.out_features, layer.in_features) for _, layer in layers]
+
+    def observe(layer: int, x_Sd: Tensor, g_SO: Tensor) -> None:
+        sums[layer] += g_SO.T @ x_Sd
+
+    def loss() -> Tensor:
+        return answer_loss(module, task.micro_batches(1)[0], task.normaliser(1))
+
+    GradientProbe(module, R, 0).measure(loss, observe)
+    weights = [layer.get_base_layer().weight.requires_grad_(True) for _, layer in layers]
+    with module.disable_adapter():
+        expected = torch.autograd.grad(loss(), weights)
+    for found, gradient in zip(sums, expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+        assert gradient.abs().max() > 0
+    assert not any(layer._forward_hooks for _, layer in layers[1:])  # none stays
+
+
+def test_a_pass_without_gradients_is_not_observed(tmp_path: Path) -> None:
+    loop = protected_loop(tmp_path)
+    task, called = context(loop, 0), []
+    _, module = adapted_modules(loop.engine.module)[0]
+    handle = module.register_forward_hook(observed(0, lambda *seen: called.append(seen)))
+    with torch.no_grad():
+        answer_loss(loop.engine.module, task.micro_batches(0)[0], 1.0)
+    assert not called
+    answer_loss(loop.engine.module, task.micro_batches(0)[0], 1.0).backward()
+    assert len(called) == 1
+    handle.remove()
+
+
+def test_only_the_own_slice_s_b_trains(tmp_path: Path) -> None:
+    loop, seen = learn(tmp_path)
+    for index in range(N):
+        own = slice(index * R, (index + 1) * R)
+        for name, tensor in loop.bank[index].items():
+            start = seen["starts"][index][name]
+            if ".lora_A." in name:
+                assert torch.equal(tensor, start)
+                assert all(torch.equal(after[name][own], tensor[own]) for after in loop.bank[index:])
+            else:
+                assert not start[:, own].any()
+                assert tensor[:, own].any()
+                assert not tensor[:, (index + 1) * R :].any()
+                assert all(torch.equal(after[name][:, own], tensor[:, own]) for after in loop.bank[index:])
+
+
+def test_a_is_orthogonal_to_what_is_protected(tmp_path: Path) -> None:
+    _, seen = learn(tmp_path)
+    for index in (1, 2):
+        for name, start in seen["starts"][index].items():
+            if ".lora_A." in name:
+                own, space = start[index * R : (index + 1) * R], seen["spaces"][index - 1][layer_of(name)]
+                assert 0 < space.shape[1] < WIDTH
+                assert (own @ space).abs().max() < 1e-5
+                torch.testing.assert_close(own @ own.T, torch.eye(R) / 3, rtol=0, atol=1e-5)
+
+
+def test_what_is_protected_holds_its_share_of_the_loss_s_reading(tmp_path: Path) -> None:
+    _, seen = learn(tmp_path)
+    for tokens, spaces in zip(seen["tokens"], seen["spaces"], strict=True):
+        m = torch.zeros(len(spaces), WIDTH, WIDTH)
+        for _, measured, layer, x_Sd, g_SO in tokens:
+            assert measured  # of so few steps each is
+            for x_d, g_O in zip(x_Sd, g_SO, strict=True):
+                m[layer] += g_O.square().sum() * torch.outer(x_d, x_d)
+        for layer, space in enumerate(spaces.values()):
+            free = torch.eye(WIDTH) - space @ space.T
+            assert float((free @ m[layer] @ free).trace() / m[layer].trace()) <= 0.1 + 1e-3
+            narrower = torch.eye(WIDTH) - space[:, :-1] @ space[:, :-1].T
+            if tokens is seen["tokens"][0]:  # nothing was held before: one direction less is too few
+                assert float((narrower @ m[layer] @ narrower).trace() / m[layer].trace()) > 0.1 - 1e-3
+
+
+def test_old_tasks_hardly_feel_the_next_one(tmp_path: Path) -> None:
+    """The first task's training loss after all tasks, less what it was: nothing to what unprotected slices do to it."""
+    changes = []
+    for share in (0.999, 1e-9):
+        loop, _ = learn(tmp_path / str(share), protect=share, penalty="none")
+        task, losses = context(loop, 0), []
+        loop.engine.module.eval()
+        for state in (loop.bank[0], loop.bank[-1]):
+            loop.engine.write_adapter(state)
+            with torch.no_grad():
+                losses.append(sum(float(answer_loss(loop.engine.module, b, 1.0)) for b in task.micro_batches(0)))
+        changes.append(abs(losses[1] - losses[0]))
+    assert changes[0] < 0.2 * changes[1], changes
+
+
+def test_no_pass_more_than_treelora_and_no_search(tmp_path: Path) -> None:
+    found = {}
+    for protect in (None, 0.9):
+        loop = protected_loop(tmp_path / str(protect), {"protect": protect, "probe_batches": 2})
+        loop.run()
+        found[protect] = recorded(loop)
+    assert [task.passes for task in found[0.9].tasks] == [task.passes for task in found[None].tasks] == [STEPS + 2] * N
+    assert all(step.arms is None for step in found[0.9].steps)
+    one, other = ([step.loss for step in found[key].steps[:2]] for key in (None, 0.9))
+    assert one[0] == pytest.approx(other[0], rel=1e-6)  # of the same rows at the same weights, B being zero
+    assert one[1] != pytest.approx(other[1], rel=1e-6)
+    signatures = []
+    for protect in (None, 0.9):
+        loop = protected_loop(tmp_path / f"{protect}", {"protect": protect, "probe_batches": 2})
+        loop.run()
+        tree = loop.method.task_tree(loop.engine)
+        assert tree is not None
+        assert tree.tree is not None
+        signatures.append(tree.sketches)
+    assert (signatures[0] == signatures[1]).all()  # on the base weights, whoever learns
+
+
+def test_measured_steps_are_spread_over_a_task() -> None:
+    def measured(steps: int) -> list[int]:
+        return [s for s in range(1, steps + 1) if s * MEASURED // steps > (s - 1) * MEASURED // steps]
+
+    assert measured(4) == [1, 2, 3, 4]
+    assert measured(8) == list(range(1, 9))
+    assert measured(32) == [4, 8, 12, 16, 20, 24, 28, 32]
+    assert measured(20)[-1] == 20
+    assert len(measured(20)) == MEASURED
+
+
+def test_prox_keeps_small_changes_at_zero(tmp_path: Path) -> None:
+    strong, _ = learn(tmp_path / "strong", strength=1.0)
+    weak, _ = learn(tmp_path / "weak", strength=0.0)
+
+    def zeros(loop: StreamLoop) -> int:
+        return sum(int((tensor == 0).sum()) for name, tensor in loop.bank[-1].items() if ".lora_B." in name)
+
+    assert zeros(strong) > zeros(weak) == 0
+    sparsity = [step.sparsity for step in recorded(strong).steps]
+    assert all(share is not None and 0 < share <= 1 for share in sparsity)
+    assert all(step.sparsity == 0 for step in recorded(weak).steps)
+    last = [tensor[:, (N - 1) * R :] for name, tensor in strong.bank[-1].items() if ".lora_B." in name]
+    share = sum(int((part == 0).sum()) for part in last) / sum(part.numel() for part in last)
+    assert sparsity[-1] == pytest.approx(share, abs=1e-6)
+
+
+def test_all_ways_of_inference_are_scored(tmp_path: Path) -> None:
+    loop, _ = learn(tmp_path)
+    scores = outcome(recorded(loop).scores)
+    assert {mode for mode, _, after in scores if after == N - 1} == {"last", "merged", "routed"}
+
+
+def test_too_narrow_an_adapter_is_refused(tmp_path: Path) -> None:
+    loop = protected_loop(tmp_path)
+    method: Any = loop.method
+    method.rank = R + 1
+    with pytest.raises(ConfigError, match="no slice of rank 3"):
+        loop.run()
+
+
+@pytest.mark.parametrize(
+    ("axis", "value", "needs"),
+    [
+        ("signature", "gradient", "probe_b"),
+        ("start", "fresh", "continue"),
+        ("search", "random", "tree_lcb"),
+        ("budget_mib", 1.0, "null"),
+    ],
+)
+def test_what_doesn_t_go_with_it_is_refused(tmp_path: Path, axis: str, value: Any, needs: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"{axis} .* doesn't go with protect.*set {axis} to {needs}, or protect to null"
+    ):
+        tiny_config(tmp_path, treelora={"protect": 0.9, axis: value})
+
+
+def test_weight_decay_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.weight_decay 0\.1 would shrink"):
+        tiny_config(tmp_path, treelora={"protect": 0.9}, train={"weight_decay": 0.1})
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, -1.0])
+def test_shares_that_make_no_sense(tmp_path: Path, share: float) -> None:
+    with pytest.raises(ConfigError, match=r"treelora\.protect"):
+        tiny_config(tmp_path, treelora={"protect": share})
