@@ -1,4 +1,4 @@
-"""O-LoRA, InfLoRA, SD-LoRA and SLAO on two DeepSpeed ranks: equal to one process of plain torch, and to each other."""
+"""Methods with slices, TreeLoRA's among them, and SLAO, on two DeepSpeed ranks: equal to one process of plain torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from tests.support.ranks import run_ranks
 from tests.support.streams import Recorded, tiny_config
 from treelora.engine import TorchEngine
 from treelora.local_memory import LocalMemory
+from treelora.memory import MemoryConfig
 from treelora.methods.base import Method
 from treelora.methods.inflora import InfLoRA, InfLoRAOptions
 from treelora.methods.olora import OLoRA
 from treelora.methods.sdlora import SDLoRA
 from treelora.methods.slao import SLAO
+from treelora.methods.treelora_protected import ProtectedTreeLoRA
+from treelora.options.tree import TreeLoRAOptions
 from treelora_platform.assemble import assemble
 from treelora_platform.prepare import prepare_stream
 
@@ -29,9 +32,12 @@ MAKE: dict[str, Callable[[], Method]] = {
     "inflora": lambda: InfLoRA(InfLoRAOptions(energy=0.8, final_energy=0.9), rank=R),
     "sdlora": lambda: SDLoRA(rank=R),
     "slao": SLAO,
+    "protected": lambda: ProtectedTreeLoRA(
+        TreeLoRAOptions(protect=0.9, sketch_size=8), LocalMemory(MemoryConfig(layers=4, sketch_size=8)), rank=R
+    ),
 }
 CASES = [(name, stage) for name in ("olora", "sdlora") for stage in range(4)]
-CASES += [(name, stage) for name in ("inflora", "slao") for stage in (2, 3)]
+CASES += [(name, stage) for name in ("inflora", "slao", "protected") for stage in (2, 3)]
 
 
 def learn(folder: str, world: int, name: str, stage: int, make_engine: Any) -> dict[str, Any]:

@@ -31,6 +31,9 @@ from treelora.signature import adapted_modules, observed
 COLUMNS = 64
 """K of the sketches: no task protects more directions of a layer than these."""
 MEASURED = 8
+UNREAD = 1e-6
+"""Tokens whose |g|^2 is less than this share of the mean don't count as inputs: padding, and what is zero but for
+rounding, as for the query of a row's first token."""
 T = TypeVar("T")
 
 
@@ -57,7 +60,7 @@ class ProtectedTreeLoRA(Accumulating):
         """See `Method`."""
         self._begin(task, engine)
         inputs = self._moments(engine)
-        self.source.measure(task, lambda layer, x_Sd, g_SO: inputs.add(layer, x_Sd, (g_SO != 0).any(-1)))
+        self.source.measure(task, lambda layer, x_Sd, g_SO: inputs.add(layer, x_Sd, _read_at_all(g_SO)))
         inputs.keep()
         self._designed = self._on_rank_0(
             engine, inputs, lambda layer, spectrum: design(spectrum, self.spaces.get(layer), self.rank)
@@ -163,3 +166,9 @@ class ProtectedTreeLoRA(Accumulating):
         """Something of each layer's spectrum; not every machine rounds alike."""
         spectra = moments.spectra(engine)
         return engine.broadcast({layer: compute(layer, spectrum) for layer, spectrum in spectra.items()})
+
+
+def _read_at_all(g_SO: Tensor) -> Tensor:
+    """Which tokens the loss depends on: [S]."""
+    squares_S = g_SO.float().square().sum(-1)
+    return squares_S > UNREAD * squares_S.mean()
