@@ -16,7 +16,7 @@ from treelora.errors import CheckpointError
 from treelora.evaluation.matrix import Score
 from treelora.loop import StreamLoop
 from treelora.loop_records import Position, StepRecord, TaskRecord, tensor_bytes
-from treelora.methods import TreeLoRA
+from treelora.methods import Remembering
 from treelora_platform.checkpoint import Commit, newest_commit, write_commit
 from treelora_platform.diagnostics import PenaltyWatch
 from treelora_platform.preemption import PreemptedError
@@ -113,7 +113,7 @@ class PlatformHooks:
         if engine.rank == 0:
             assert self.recorder
             self.recorder.flush()
-            if isinstance(method, TreeLoRA):
+            if isinstance(method, Remembering):
                 parts["memory"] = self._memory(method, position, loop)
             parts["evaluator"] = loop.evaluator.state_dict()
             adapters = bank_folders(loop)
@@ -139,7 +139,7 @@ class PlatformHooks:
             self.keeper.flush(LEAVE_S)
         raise PreemptedError("a machine of this group is about to be taken away")
 
-    def _memory(self, method: TreeLoRA, position: Position, loop: StreamLoop) -> dict[str, Tensor]:
+    def _memory(self, method: Remembering, position: Position, loop: StreamLoop) -> dict[str, Tensor]:
         assert method.memory
         assert self.recorder
         state = method.memory.state_dict()
@@ -185,7 +185,7 @@ def restore(loop: StreamLoop, commit: Commit, run_dir: Path) -> None:
         CheckpointError: an adapter or a part is missing or damaged.
     """
     parts = {name: dict(tensors) for name, tensors in commit.parts.items()}
-    needed = ["adapter", "evaluator", *(["memory"] if isinstance(loop.method, TreeLoRA) else [])]
+    needed = ["adapter", "evaluator", *(["memory"] if isinstance(loop.method, Remembering) else [])]
     lacking = [part for part in needed if part not in parts]
     if lacking:
         raise CheckpointError(f"{run_dir}: the commit lacks its {', '.join(lacking)}; --fresh begins anew")
@@ -203,7 +203,7 @@ def restore(loop: StreamLoop, commit: Commit, run_dir: Path) -> None:
     if loop.alignment:
         loop.alignment.load_state_dict(parts.get("alignment", {}))
     loop.engine.load_optimizer_state(parts.get("optimizer", {}))
-    if isinstance(loop.method, TreeLoRA) and loop.method.memory:
+    if isinstance(loop.method, Remembering) and loop.method.memory:
         loop.method.memory.load_state_dict(parts["memory"])
     if "method" in parts:
         loop.method.load_state_dict(parts["method"])

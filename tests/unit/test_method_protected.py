@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,17 @@ import torch
 from torch import Tensor
 
 from tests.support.regularising import context
-from tests.support.streams import STEPS, TASKS, Recorded, build_loop, outcome, recorded, tiny_config
+from tests.support.streams import (
+    STEPS,
+    TASKS,
+    Recorded,
+    build_loop,
+    commits,
+    execute,
+    outcome,
+    recorded,
+    tiny_config,
+)
 from treelora.adapters import layer_of
 from treelora.engine import read_adapter
 from treelora.errors import ConfigError
@@ -245,3 +256,16 @@ def test_weight_decay_is_refused(tmp_path: Path) -> None:
 def test_shares_that_make_no_sense(tmp_path: Path, share: float) -> None:
     with pytest.raises(ConfigError, match=r"treelora\.protect"):
         tiny_config(tmp_path, treelora={"protect": share})
+
+
+def test_signatures_are_committed_and_found_again(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, treelora={"protect": 0.9})
+    first = execute(config, tmp_path / "run")
+    shutil.rmtree(commits(tmp_path / "run")[-1])  # the last task's scores weren't written
+    again = execute(config, tmp_path / "run")
+    one, other = (loop.method.task_tree(loop.engine) for loop in (first, again))
+    assert one is not None
+    assert other is not None
+    assert other.groups == one.groups == ((0,), (1,), (2,))
+    assert (one.sketches == other.sketches).all()
+    assert len(list((tmp_path / "run" / "tree").glob("*.json"))) == N
