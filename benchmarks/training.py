@@ -10,8 +10,9 @@
    Train starts, where threads use all cores.
 
 And the padding of both kinds of batch. Padding doesn't count as tokens. All sides are there at once and take turns of
-seconds, the others frozen meanwhile, so that a machine that speeds up or slows down treats all alike. A step's time is
-from the end of one step to the end of the next; steps with a pause in them are left out, and a task's first ones.
+seconds, the others frozen meanwhile, so that a machine that speeds up or slows down treats all alike. And all are
+started anew several times: a process keeps a speed of its own for life, which no turns even out. A step's time is from
+the end of one step to the end of the next; steps with a pause in them are left out, and a task's first ones.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,13 +34,24 @@ from benchmarks.idle_ray import start_idle_ray
 from benchmarks.measure import footer, spread
 from benchmarks.turns import Side, ended, seconds_of
 from treelora_platform.chaos.trigger import Tail
-from treelora_platform.config import ExperimentConfig, load_config
+from treelora_platform.config import ExperimentConfig, load_config, parse_config
 from treelora_platform.prepare import run_folder
 from treelora_platform.run_tables import read_steps
 
+FIRST = 4
+"""Steps of the first task, which is there to be past."""
 SKIPPED = 3
 """Steps at a task's beginning that are left out: buffers are made in the first ones."""
 PATIENCE_S = 600.0
+RATIOS = (
+    ("treelora", "sequential", "a step of treelora / of sequential (s)", False),
+    ("treelora, two workers", "two workers", "the same, two workers (s)", False),
+    ("sequential", "bare, same arithmetic", "platform / bare loop, same arithmetic (tokens/s)", True),
+    ("sequential", "bare, by hand", "platform / bare loop by hand (tokens/s)", True),
+    ("bare, beside Ray", "bare, same arithmetic", "bare loop beside an idle Ray / alone (tokens/s)", True),
+    ("two workers", "sequential", "two workers / one with two threads (tokens/s)", True),
+)
+"""Ours, against whom, what it is called, and whether tokens a second are compared, not seconds."""
 
 
 @dataclass
@@ -79,17 +91,32 @@ def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="demo")
-    parser.add_argument("--steps", type=int, default=60, help="of each task")
-    parser.add_argument("--turn", type=float, default=4.0, help="seconds")
+    parser.add_argument("--starts", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=24, help="of the task that is measured, for each start")
+    parser.add_argument("--turn", type=float, default=3.0, help="seconds")
     parser.add_argument("settings", nargs="*", help="key=value, such as stream.path=FOLDER")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        common = [*args.settings, f"output_dir={folder}", f"train.steps={args.steps}", "evaluation.modes=[last]"]
-        common += ["stream.test_rows=8", "checkpoint.every_steps=null"]
-        report(measure(dict(sides(args.recipe, common)), Path(folder), args.turn))
+    found = []
+    for start in range(args.starts):
+        print(f"start {start + 1} of {args.starts}", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            common = [*args.settings, f"output_dir={folder}", "evaluation.modes=[last]"]
+            common += ["stream.test_rows=8", "checkpoint.every_steps=null"]
+            configs = {name: shortened(config, args.steps) for name, config in sides(args.recipe, common)}
+            found.append(measure(configs, Path(folder), args.turn, args.steps))
+    report(found)
 
 
-def measure(configs: dict[str, ExperimentConfig], folder: Path, turn_s: float) -> dict[str, Measured]:
+def shortened(config: ExperimentConfig, steps: int) -> ExperimentConfig:
+    """The same with `FIRST` steps of the first task and so many of each other, if its number of rows is known."""
+    plain, rows = config.as_dict(), config.stream.train_rows
+    counts = [FIRST, *[steps] * max(1, len(config.stream.order) - 1)]
+    by_task = [count * config.train.global_batch / rows for count in counts] if rows else []
+    plain["train"] |= {"epochs_by_task": by_task, "steps": None if rows else steps, "epochs": None}
+    return parse_config(plain)
+
+
+def measure(configs: dict[str, ExperimentConfig], folder: Path, turn_s: float, steps: int) -> dict[str, Measured]:
     """Start all, one after the other, then let them take turns until one has no step left."""
     there: list[Learner] = []
     with ended(there):
@@ -98,9 +125,8 @@ def measure(configs: dict[str, ExperimentConfig], folder: Path, turn_s: float) -
             there.append(start(name, config, folder))
             there[-1].wait_for(lambda: there[-1].done() > SKIPPED, PATIENCE_S)
             there[-1].freeze()
-        last = min(config.train.steps or 0 for config in configs.values())
-        while (done := max(side.done() for side in there)) < last:
-            print(f"\r{done} of {last} steps", end="", file=sys.stderr, flush=True)
+        while (done := max(side.done() for side in there)) < steps:
+            print(f"\r{done} of {steps} steps", end="", file=sys.stderr, flush=True)
             for side in there:
                 side.take_turn(turn_s)
         print(file=sys.stderr)
@@ -174,32 +200,29 @@ def bare_steps(path: Path) -> Steps:
     return Steps(*columns, padding=1 - columns[2].sum() / sum(line["places"] for line in lines))
 
 
-def report(found: dict[str, Measured]) -> None:
-    """A row a ratio, of pairs of equal steps."""
+def report(found: Sequence[dict[str, Measured]]) -> None:
+    """A row a ratio, of pairs of equal steps; one of `found` for each start."""
     table = Table(title="training: medians (and quartiles) over steps", caption=footer(), caption_justify="left")
-    for column in ("what", "ours", "against", "ratio", "steps"):
+    for column in ("what", "ours", "against", "ratio", "of each start", "steps"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    for ours, other, what in (
-        ("treelora", "sequential", "a step of treelora / of sequential (s)"),
-        ("treelora, two workers", "two workers", "the same, two workers (s)"),
-    ):
-        pairs = paired(found[ours], found[other])
-        table.add_row(what, *(spread(side, 3) for side in (*pairs.T, pairs[:, 0] / pairs[:, 1])), str(len(pairs)))
-    for ours, other, what in (
-        ("sequential", "bare, same arithmetic", "platform / bare loop, same arithmetic (tokens/s)"),
-        ("sequential", "bare, by hand", "platform / bare loop by hand (tokens/s)"),
-        ("bare, beside Ray", "bare, same arithmetic", "bare loop beside an idle Ray / alone (tokens/s)"),
-        ("two workers", "sequential", "two workers / one with two threads (tokens/s)"),
-    ):
-        pairs, rates = paired(found[ours], found[other]), [found[side].rates() for side in (ours, other)]
-        ratio = spread(pairs[:, 1] / pairs[:, 0], 3)
-        table.add_row(what, *(spread(rate, 0) for rate in rates), ratio, str(len(pairs)))
-    memory = [found[side].steps.memory for side in ("treelora", "sequential")]
-    ratio = f"{memory[0] / memory[1]:.3f}"
-    table.add_row("peak memory of treelora / of sequential (MB)", *(f"{m:,.0f}" for m in memory), ratio, "")
-    padding = [f"{100 * found[f'bare, {side}'].steps.padding:.1f}" for side in ("same arithmetic", "by hand")]
-    table.add_row("padding: packed / rows padded to the longest (% of tokens)", *padding, "", "")
-    Console(width=140).print(table)
+    for ours, other, what, rate in RATIOS:
+        pairs = [paired(start[ours], start[other]) for start in found]
+        ratios = [p[:, 1] / p[:, 0] if rate else p[:, 0] / p[:, 1] for p in pairs]
+        both = [
+            np.concatenate([start[side].rates() for start in found]) if rate else np.concatenate(pairs)[:, place]
+            for place, side in enumerate((ours, other))
+        ]
+        each = ", ".join(f"{np.median(ratio):.2f}" for ratio in ratios)
+        shown = [spread(side, 0 if rate else 3) for side in both]
+        table.add_row(what, *shown, spread(np.concatenate(ratios), 3), each, str(sum(map(len, pairs))))
+    memory = np.array([[start[side].steps.memory for side in ("treelora", "sequential")] for start in found])
+    ratio = memory[:, 0] / memory[:, 1]
+    each = ", ".join(f"{value:.2f}" for value in ratio)
+    what = "peak memory of treelora / of sequential (MB)"
+    table.add_row(what, *(f"{m:,.0f}" for m in np.median(memory, 0)), f"{np.median(ratio):.3f}", each, "")
+    padding = [f"{100 * found[0][f'bare, {side}'].steps.padding:.1f}" for side in ("same arithmetic", "by hand")]
+    table.add_row("padding: packed / rows padded to the longest (% of tokens)", *padding, "", "", "")
+    Console(width=170).print(table)
 
 
 def paired(ours: Measured, other: Measured) -> np.ndarray:

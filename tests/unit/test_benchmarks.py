@@ -16,13 +16,15 @@ from benchmarks import row_attention
 from benchmarks.evaluation import full_passes
 from benchmarks.measure import spread
 from benchmarks.shapes import Quiet, flops, train
-from benchmarks.training import Measured, Steps, bare_steps, measured, paired, sides
+from benchmarks.training import FIRST, Measured, Steps, bare_steps, measured, paired, report, shortened, sides
 from benchmarks.turns import Side, ended, seconds_of
 from tests.support.streams import build_loop, tiny_config
 from treelora.evaluation.choice import score_choices
 from treelora.models.packing import base_model
 from treelora.models.row_attention import attend_by_row
 from treelora.models.tiny import tiny_model
+from treelora_platform.config import load_config
+from treelora_platform.prepare import steps_of
 
 TOY = Namespace(shape="llama-tiny", rows=4, length=32, answer=4, tasks=2, steps=6, rank=2)
 
@@ -90,6 +92,33 @@ def test_sides_have_as_many_threads_and_the_same_batches(tmp_path: Path) -> None
     assert threads == {2.0}
     assert len({(config.train.global_batch, config.seed) for config in configs.values()}) == 1
     assert len({config.name for config in configs.values()}) == len(configs)
+
+
+def test_the_first_task_is_short(tmp_path: Path) -> None:
+    config = shortened(load_config("jobs/configs/demo.yaml", [f"output_dir={tmp_path}"]), 24)
+    assert [steps_of(config, unit, 160)["max_steps"] for unit in range(3)] == [FIRST, 24, 24]
+    whole = shortened(load_config("jobs/configs/demo.yaml", ["stream.train_rows=null"]), 24)  # rows aren't known yet
+    assert steps_of(whole, 0, 160)["max_steps"] == 24
+
+
+def test_ratios_of_all_starts_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers, tokens = np.arange(1, 8), np.full(7, 100)
+
+    def side(seconds: float) -> Measured:
+        steps = Steps(numbers, seconds * numbers, tokens, memory=1000 * seconds, padding=0.5)
+        return measured(steps, [(0, 100)])
+
+    slow = {"treelora", "treelora, two workers", "bare, by hand"}
+    starts = [
+        {name: side(factor if name in slow else 1.0) for name in dict(sides("demo", []))} for factor in (1.1, 1.3, 1.2)
+    ]
+    report(starts)
+    rows = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.count("│") > 5}
+    assert "1.10, 1.30, 1.20" in rows["a step of treelora / of sequential (s)"]
+    assert "1.200 (1.100 to 1.300)" in rows["the same, two workers (s)"]
+    assert "1.10, 1.30, 1.20" in rows["platform / bare loop by hand (tokens/s)"]
+    assert "1.00, 1.00, 1.00" in rows["bare loop beside an idle Ray / alone (tokens/s)"]
+    assert "1,200" in rows["peak memory of treelora / of sequential (MB)"]
 
 
 def test_steps_are_paired_by_their_number_where_both_are_whole() -> None:
