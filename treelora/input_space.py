@@ -88,8 +88,9 @@ def eigen(sketch_dK: Tensor, omega_dK: Tensor) -> tuple[Tensor, Tensor]:
     shifted_dK = sketch_dK + shift * omega_dK
     core_KK = omega_dK.T @ shifted_dK
     root_KK = torch.linalg.cholesky((core_KK + core_KK.T) / 2)
-    u_dK, s_K, _ = torch.linalg.svd(torch.linalg.solve_triangular(root_KK, shifted_dK.T, upper=False).T, False)
-    return u_dK, (s_K.square() - shift).clamp_min(0)
+    half_dK = torch.linalg.solve_triangular(root_KK, shifted_dK.T, upper=False).T
+    u_dK, values_K = _left(half_dK)
+    return u_dK, (values_K - shift).clamp_min(0)
 
 
 def design(spectrum: Spectrum, space_dp: Tensor | None, rank: int) -> Tensor:
@@ -133,8 +134,20 @@ def _free(spectrum: Spectrum, space_dp: Tensor | None) -> tuple[Tensor, Tensor]:
     space_dp = space_dp.double()
     for _ in range(2):  # once leaves rounding of the large directions in the small ones
         scaled_dK = scaled_dK - space_dp @ (space_dp.T @ scaled_dK)
-    main_dK, roots_K, _ = torch.linalg.svd(scaled_dK, full_matrices=False)
-    return main_dK, roots_K.square()
+    return _left(scaled_dK)
+
+
+def _left(half_dK: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and squared singular values, the largest first.
+
+    By the K x K product, which is quicker than an SVD and whose rounding is far below `NEGLIGIBLE`. Vectors whose value
+    is rounding are zero.
+    """
+    values_K, turn_KK = torch.linalg.eigh(half_dK.T @ half_dK)
+    values_K, turn_KK = values_K.flip(0).clamp_min(0), turn_KK.flip(1)
+    known_K = values_K > 1e-12 * values_K.max()
+    roots_K = torch.where(known_K, values_K, 1.0).sqrt()
+    return half_dK @ turn_KK / roots_K * known_K, values_K
 
 
 def _signs(layer: str, width: int, size: int, seed: int) -> Tensor:

@@ -194,11 +194,11 @@ def test_measured_steps_are_spread_over_a_task() -> None:
     def measured(steps: int) -> list[int]:
         return [s for s in range(1, steps + 1) if s * MEASURED // steps > (s - 1) * MEASURED // steps]
 
+    assert measured(3) == [1, 2, 3]
     assert measured(4) == [1, 2, 3, 4]
-    assert measured(8) == list(range(1, 9))
-    assert measured(32) == [4, 8, 12, 16, 20, 24, 28, 32]
-    assert measured(20)[-1] == 20
-    assert len(measured(20)) == MEASURED
+    assert measured(20) == [5, 10, 15, 20]
+    assert measured(30)[-1] == 30
+    assert len(measured(30)) == MEASURED
 
 
 def test_prox_keeps_small_changes_at_zero(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from treelora.signature import adapted_modules, observed
 
 COLUMNS = 64
 """K of the sketches: no task protects more directions of a layer than these."""
-MEASURED = 8
+MEASURED = 4
+"""Steps of a task that show what its loss reads; each costs a few per cent more than others."""
 UNREAD = 1e-6
 """Tokens whose |g|^2 is less than this share of the mean don't count as inputs: padding, and what is zero but for
 rounding, as for the query of a row's first token."""
