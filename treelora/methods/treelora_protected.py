@@ -93,7 +93,8 @@ class ProtectedTreeLoRA(Accumulating):
 
     def after_step(self, engine: Engine, lr: float) -> None:
         """See `Method`."""
-        self.read.keep()
+        if self._measured:
+            self.read.keep()
         self._last = StepMetrics()
         if self.options.penalty == "prox":
             own = {
