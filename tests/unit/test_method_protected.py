@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,17 @@ def test_measured_steps_are_spread_over_a_task() -> None:
     assert measured(20) == [5, 10, 15, 20]
     assert measured(30)[-1] == 30
     assert len(measured(30)) == MEASURED
+
+
+def test_what_is_kept_between_tasks(tmp_path: Path) -> None:
+    """Signature and protected directions; what the loss read is summed up and gone."""
+    loop, seen = learn(tmp_path)
+    state = loop.method.state_dict()
+    directions = {f"protected/{layer}": space for layer, space in seen["spaces"][-1].items()}
+    assert state.keys() - directions.keys() == {"per_batch", "sum", "seen_steps"}
+    assert all(torch.equal(state[key], space) for key, space in directions.items())
+    for earlier, later in pairwise(seen["spaces"]):
+        assert all(torch.equal(later[layer][:, : space.shape[1]], space) for layer, space in earlier.items())
 
 
 def test_prox_keeps_small_changes_at_zero(tmp_path: Path) -> None:

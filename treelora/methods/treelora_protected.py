@@ -21,6 +21,7 @@ from treelora.engine import Engine
 from treelora.input_space import InputMoments, Spaces, Spectrum, design, protect
 from treelora.memory_records import Past
 from treelora.methods.base import StepMetrics, TaskContext
+from treelora.methods.extra_gradient import flatten, unflatten
 from treelora.methods.slices import Accumulating, cut
 from treelora.methods.treelora import Memory
 from treelora.methods.treelora_signature import SignatureSource
@@ -52,6 +53,8 @@ class ProtectedTreeLoRA(Accumulating):
         self.options, self.memory, self.share = options, memory, options.protect
         self.spaces: Spaces = {}
         """What past tasks protect."""
+        self.read: InputMoments | None = None
+        """What the current task's loss reads, while it is learnt."""
         self._designed: dict[str, Tensor] = {}
         self._resumed: dict[str, Tensor] = {}
         self._step = 0
@@ -72,6 +75,7 @@ class ProtectedTreeLoRA(Accumulating):
         """See `Method`."""
         self._begin(task, engine)
         self.source.load_state_dict(self._resumed)
+        assert self.read
         if engine.rank == 0:  # the sum over ranks
             self.read.sums.copy_(self._resumed["read"])
         super().resume_task(task, engine, bank)
@@ -93,36 +97,36 @@ class ProtectedTreeLoRA(Accumulating):
 
     def after_step(self, engine: Engine, lr: float) -> None:
         """See `Method`."""
+        assert self.read
         if self._measured:
             self.read.keep()
         self._last = StepMetrics()
         if self.options.penalty == "prox":
-            own = {
-                name: cut(name, tensor, self.slices.own)
-                for name, tensor in engine.adapter_tensors().items()
-                if ".lora_B." in name
-            }
-            pulled = {
-                name: prox(part, torch.zeros_like(part), lr * self.options.strength) for name, part in own.items()
-            }
-            self.write(engine, {name: part for name, (part, _) in pulled.items()}, self.slices.own)
-            kept = torch.stack([zeros for _, zeros in pulled.values()]).sum()
-            self._last = StepMetrics({"sparsity": kept / sum(part.numel() for part in own.values())})
+            tensors = engine.adapter_tensors().items()
+            own = {name: cut(name, tensor, self.slices.own) for name, tensor in tensors if ".lora_B." in name}
+            stepped_D = flatten(own)
+            pulled_D, zeros = prox(stepped_D, torch.zeros_like(stepped_D), lr * self.options.strength)
+            pulled = unflatten(pulled_D, {name: part.shape for name, part in own.items()})
+            self.write(engine, pulled, self.slices.own)
+            self._last = StepMetrics({"sparsity": zeros / len(pulled_D)})
 
     def step_skipped(self) -> None:
         """See `Method`."""
+        assert self.read
         self.read.drop()
         self._last = StepMetrics()
 
     def end_task(self, engine: Engine) -> None:
         """See `Method`."""
         super().end_task(engine)
+        assert self.read
         sketch_LK, _ = self.source.finish(engine)
         if self.memory:
             self.memory.end_task(self.task.name, sketch_LK.numpy(), float(self.task.sizes[-1]))
         self.spaces = self._on_rank_0(
             engine, self.read, lambda layer, spectrum: protect(spectrum, self.spaces.get(layer), self.share)
         )
+        self.read = None
 
     def task_tree(self, engine: Engine) -> Past | None:
         """See `Method`."""
@@ -137,8 +141,8 @@ class ProtectedTreeLoRA(Accumulating):
         if self._step == 0:  # nothing was learnt since the state was loaded
             return dict(self._resumed)
         spaces = {f"protected/{layer}": space for layer, space in self.spaces.items()}
-        read = self.engine.all_reduce(self.read.sums.clone()).cpu()
-        return self.source.state_dict() | spaces | {"read": read}
+        read = {"read": self.engine.all_reduce(self.read.sums.clone()).cpu()} if self.read else {}
+        return self.source.state_dict() | spaces | read
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """See `Method`."""
@@ -160,7 +164,7 @@ class ProtectedTreeLoRA(Accumulating):
         return InputMoments(widths, COLUMNS, self.seed, engine.device)
 
     def _read(self, layer: int, x_Sd: Tensor, g_SO: Tensor) -> None:
-        if self._measured:
+        if self._measured and self.read:
             # a worker's loss is so many times its part of the global batch's
             self.read.add(layer, x_Sd, (g_SO.float() / self.engine.world_size).square().sum(-1))
 
