@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from treelora.engine import Engine
+from treelora.errors import DataError
 from treelora.sketch import keyed_bits
 
 PURPOSE_INPUTS = 11
@@ -80,14 +81,24 @@ class InputMoments:
 
 
 def eigen(sketch_dK: Tensor, omega_dK: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors [d, K] and eigenvalues [K] of M from M Omega, the largest first; float64."""
+    """Eigenvectors [d, K] and eigenvalues [K] of M from M Omega, the largest first; float64.
+
+    Raises: DataError for NaN and infinity.
+    """
     size = float(sketch_dK.norm())
     if size == 0:
         return torch.zeros_like(sketch_dK), torch.zeros(sketch_dK.shape[1], dtype=sketch_dK.dtype)
-    shift = NEGLIGIBLE * size / math.sqrt(len(sketch_dK))  # so that what rounding left negative has a root
-    shifted_dK = sketch_dK + shift * omega_dK
-    core_KK = omega_dK.T @ shifted_dK
-    root_KK = torch.linalg.cholesky((core_KK + core_KK.T) / 2)
+    if not math.isfinite(size):
+        raise DataError("what a task's loss reads holds NaN or infinity; lower train.learning_rate")
+    shift = NEGLIGIBLE * size / math.sqrt(len(sketch_dK))
+    while True:
+        # What rounding left negative has no root: it is shifted above zero, by more where the sums are coarser (TF32).
+        shifted_dK = sketch_dK + shift * omega_dK
+        core_KK = omega_dK.T @ shifted_dK
+        root_KK, failed = torch.linalg.cholesky_ex((core_KK + core_KK.T) / 2)
+        if not failed:
+            break
+        shift *= 10
     half_dK = torch.linalg.solve_triangular(root_KK, shifted_dK.T, upper=False).T
     u_dK, values_K = _left(half_dK)
     return u_dK, (values_K - shift).clamp_min(0)

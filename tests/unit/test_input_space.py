@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from treelora.engine import OptimizerSpec, TorchEngine
+from treelora.errors import DataError
 from treelora.input_space import InputMoments, Spectrum, design, eigen, protect
 
 D = 12
@@ -117,6 +118,27 @@ def test_few_columns_of_many_directions() -> None:
     held = float((vectors[:, :32].T @ m_dd @ vectors[:, :32]).trace())
     assert held > 0.98 * float(values[:32].sum())
     assert bool((found <= values[:columns] * (1 + 1e-6)).all())  # never more than there is
+
+
+@pytest.mark.parametrize("noise", [1e-5, 1e-3, 1e-1])
+def test_coarse_sums_have_a_root_all_the_same(noise: float) -> None:
+    """As products in TF32 leave them: the large directions are found, and none is larger than M and its noise."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(50, 3, generator=generator).double() @ torch.randn(3, 60, generator=generator).double()
+    m_dd = x.T @ x
+    omega_dK = InputMoments({"a": 60}, 12, 0, torch.device("cpu"))._omegas[0].double()
+    sketch = m_dd @ omega_dK
+    rough = noise * sketch.abs().mean() * torch.randn(sketch.shape, generator=generator).double()
+    vectors, values = eigen(sketch + rough, omega_dK)
+    whole = spectrum_of(m_dd)
+    assert bool(values.isfinite().all())
+    assert torch.linalg.svdvals(vectors[:, :3].T @ whole[0][:, :3]).min() > 1 - 2 * noise
+    assert float(values[0]) == pytest.approx(float(whole[1][0]), rel=3 * noise)
+
+
+def test_nan_is_refused() -> None:
+    with pytest.raises(DataError, match="NaN or infinity"):
+        eigen(torch.full((4, 2), math.nan).double(), torch.ones(4, 2).double())
 
 
 def test_nothing_was_read() -> None:
