@@ -15,20 +15,18 @@ from treelora.methods.lwf import LwF
 from treelora.methods.ncm import NearestClassMean
 from treelora.methods.ogd import OGD
 from treelora.methods.olora import OLoRA
+from treelora.methods.remembering import Memory, Remembering
 from treelora.methods.replay import Replay
 from treelora.methods.sdlora import SDLoRA
 from treelora.methods.sequential import Sequential
 from treelora.methods.slao import SLAO
 from treelora.methods.tasl import TaSL
-from treelora.methods.treelora import Memory, TreeLoRA, TreeLoRAOptions
-from treelora.methods.treelora_protected import ProtectedTreeLoRA
+from treelora.methods.treelora import TreeLoRA, TreeLoRAOptions
 
 _ALL: tuple[type[Method], ...] = (
     TreeLoRA, Sequential, Frozen, NearestClassMean, Joint, OLoRA, InfLoRA, SDLoRA, SLAO, EWC, AGEM, GEM, OGD, Replay,
     LwF, TaSL, HiDeLoRA, HiDePrompt, L2P, DualPrompt,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
-Remembering = TreeLoRA | ProtectedTreeLoRA
-"""Methods with a `memory` of signatures."""
 
 __all__ = ["METHODS", "Memory", "Method", "Remembering", "StepMetrics", "TaskContext", "TreeLoRA", "TreeLoRAOptions"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from torch import Tensor
 from treelora.adapters import AdapterState, fresh_tensor, layer_names, layer_of, mean_adapter
 from treelora.engine import Engine
 from treelora.memory_records import Groups, Past
-from treelora.methods.base import Method, StepMetrics, TaskContext
+from treelora.methods.base import StepMetrics, TaskContext
 from treelora.methods.extra_gradient import flatten
+from treelora.methods.remembering import Memory, Remembering
 from treelora.methods.treelora_pull import Losses, Scalars, arm_adapter, pull_adapter, pull_gradients
 from treelora.methods.treelora_signature import SignatureSource, pack_past, unpack_past
 from treelora.objective import answer_loss
@@ -31,43 +32,7 @@ from treelora.sketch import residual
 S = TypeVar("S")
 
 
-class Memory(Protocol):
-    """The shared memory as a worker's rank 0 sees it: `TaskMemory` in process, or a client of the tree actor."""
-
-    def begin_task(self, task: str, horizon: int) -> Past:
-        """What the task is compared with."""
-        ...
-
-    def submit(self, step: int, observation: np.ndarray | None) -> None:
-        """Ask for the arms of a step, and tell the losses seen with the arms of the step before."""
-        ...
-
-    def collect(self) -> tuple[np.ndarray, np.ndarray]:
-        """Answer of the last `submit`: arms int64 [L] and their bounds float32 [L]."""
-        ...
-
-    def past(self) -> Past:
-        """What the next task will be compared with."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Tree, pulls and bounds as JSON values, for logs and pictures."""
-        ...
-
-    def end_task(self, task: str, sketch: np.ndarray, mass: float) -> Groups:
-        """Record the signature of the task, float32 [L, K], which stands for `mass` rows; the tasks behind each arm."""
-        ...
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything, as tensors."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go back to `state_dict`."""
-        ...
-
-
-class TreeLoRA(Method):
+class TreeLoRA(Remembering):
     """TreeLoRA; `memory` is used on rank 0 only and may be None elsewhere."""
 
     name = "treelora"
@@ -168,14 +133,6 @@ class TreeLoRA(Method):
         """Let tasks of one arm share one adapter and one signature: the means, weighted by rows."""
         share(bank, self._groups, self.task.sizes, mean_adapter)
         share(self.signatures, self._groups, self.task.sizes, _mean_tensors)
-
-    def task_tree(self, engine: Engine) -> Past | None:
-        """See `Method`."""
-        return engine.broadcast(self.memory.past() if self.memory else None)
-
-    def metrics(self) -> StepMetrics:
-        """See `Method`."""
-        return self._last
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Method`."""

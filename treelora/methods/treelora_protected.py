@@ -19,11 +19,10 @@ from torch import Tensor
 from treelora.adapters import AdapterState, layer_of
 from treelora.engine import Engine
 from treelora.input_space import InputMoments, Spaces, Spectrum, design, protect
-from treelora.memory_records import Past
 from treelora.methods.base import StepMetrics, TaskContext
 from treelora.methods.extra_gradient import flatten, unflatten
+from treelora.methods.remembering import Memory, Remembering
 from treelora.methods.slices import Accumulating, cut
-from treelora.methods.treelora import Memory
 from treelora.methods.treelora_signature import SignatureSource
 from treelora.options.tree import TreeLoRAOptions
 from treelora.penalty import prox
@@ -39,7 +38,7 @@ rounding, as for the query of a row's first token."""
 T = TypeVar("T")
 
 
-class ProtectedTreeLoRA(Accumulating):
+class ProtectedTreeLoRA(Remembering, Accumulating):
     """TreeLoRA in protected slices; `memory` is used on rank 0 only and may be None elsewhere."""
 
     name = "treelora"
@@ -127,14 +126,6 @@ class ProtectedTreeLoRA(Accumulating):
             engine, self.read, lambda layer, spectrum: protect(spectrum, self.spaces.get(layer), self.share)
         )
         self.read = None
-
-    def task_tree(self, engine: Engine) -> Past | None:
-        """See `Method`."""
-        return engine.broadcast(self.memory.past() if self.memory else None)
-
-    def metrics(self) -> StepMetrics:
-        """See `Method`."""
-        return self._last
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Method`."""
