@@ -55,7 +55,8 @@ class InputMoments:
 
     def add(self, layer: int, x_Td: Tensor, weights_T: Tensor) -> None:
         """Take in a layer's tokens, each as often as its weight says; they count from `keep` on."""
-        x_Td, heavy_Td = x_Td.float(), x_Td.float() * weights_T.float()[:, None]
+        x_Td = x_Td.float()
+        heavy_Td = x_Td * weights_T.float()[:, None]
         new = self._new[self._places[layer]]
         new[:-1] += (heavy_Td.T @ (x_Td @ self._omegas[layer])).flatten()
         new[-1] += (heavy_Td * x_Td).sum()
@@ -68,6 +69,11 @@ class InputMoments:
     def drop(self) -> None:
         """What was taken in since the last `keep` or `drop` doesn't count."""
         self._new.zero_()
+
+    def clear(self) -> None:
+        """Begin anew, with the same columns."""
+        self.sums.zero_()
+        self.drop()
 
     def spectra(self, engine: Engine) -> dict[str, Spectrum]:
         """Of all workers' tokens; {} except on rank 0. Collective."""
@@ -107,18 +113,23 @@ def eigen(sketch_dK: Tensor, omega_dK: Tensor) -> tuple[Tensor, Tensor]:
 def design(spectrum: Spectrum, space_dp: Tensor | None, rank: int) -> Tensor:
     """The A of a task whose inputs have this spectrum: [r, d] float32, orthogonal to what is protected.
 
-    Its rows are the main directions of the inputs in what is free, 1/sqrt(3) long as those of an ordinary A are in the
-    mean; rows of zero where fewer directions are free.
+    Its rows are the main directions of the inputs in what is free; rows of zero where fewer directions are free.
     """
     main_dK, values_K = _free(spectrum, space_dp)
-    q_dr = main_dK[:, :rank]
-    peaks_r = q_dr.gather(0, q_dr.abs().argmax(0, keepdim=True)).squeeze(0)
-    signs_r = peaks_r.sign() * (
-        values_K[:rank] > NEGLIGIBLE * spectrum[2]
-    )  # an eigenvector's sign is arbitrary: fix it
-    a_rd = torch.zeros(rank, len(main_dK))
-    a_rd[: q_dr.shape[1]] = ((q_dr * signs_r).T / math.sqrt(3)).float()
-    return a_rd
+    known_K = values_K > NEGLIGIBLE * spectrum[2]
+    return rows_along((main_dK * known_K)[:, :rank], rank)
+
+
+def rows_along(q_dk: Tensor, rank: int) -> Tensor:
+    """An A whose first rows point along orthonormal columns, or are zero as these; the others are zero: [r, d] float32.
+
+    They are 1/sqrt(3) long, as those of an ordinary A are in the mean, and their largest entry is positive, for an
+    eigenvector's sign is arbitrary.
+    """
+    peaks_k = q_dk.gather(0, q_dk.abs().argmax(0, keepdim=True)).squeeze(0)
+    a_rd = q_dk.new_zeros(rank, len(q_dk))
+    a_rd[: q_dk.shape[1]] = (q_dk * peaks_k.sign()).T / math.sqrt(3)
+    return a_rd.float()
 
 
 def protect(spectrum: Spectrum, space_dp: Tensor | None, share: float) -> Tensor:

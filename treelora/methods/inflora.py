@@ -19,7 +19,6 @@ Shapes: d inputs of a layer, f free dimensions, r rank, B rows, T tokens, S toke
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from treelora.adapters import AdapterState, layer_of
 from treelora.engine import Engine
+from treelora.input_space import rows_along
 from treelora.methods.base import TaskContext
 from treelora.methods.slices import Accumulating
 from treelora.objective import answer_logits
@@ -118,11 +118,7 @@ def design(c_dd: Tensor, space: Space | None, rank: int) -> Tensor:
     """A for a task whose inputs have covariance C: [rank, d]; rows of zero where fewer dimensions are free."""
     free_df = free_basis(space, len(c_dd))
     _, vectors_ff = torch.linalg.eigh(free_df.T @ c_dd @ free_df)
-    q_dr = (free_df @ vectors_ff).flip(1)[:, :rank]
-    peaks_r = q_dr.gather(0, q_dr.abs().argmax(0, keepdim=True)).squeeze(0)
-    a_rd = torch.zeros(rank, len(c_dd), dtype=c_dd.dtype)
-    a_rd[: q_dr.shape[1]] = (q_dr * peaks_r.sign()).T / math.sqrt(3)  # an eigenvector's sign is arbitrary: fix it
-    return a_rd.float()
+    return rows_along((free_df @ vectors_ff).flip(1)[:, :rank], rank)
 
 
 def protect(c_dd: Tensor, space: Space | None, share: float) -> Space:

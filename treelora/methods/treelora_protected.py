@@ -29,7 +29,7 @@ from treelora.penalty import prox
 from treelora.signature import adapted_modules, observed
 
 COLUMNS = 64
-"""K of the sketches: no task protects more directions of a layer than these."""
+"""K of the sketches: no task protects more directions of a layer than so many."""
 MEASURED = 4
 """Steps of a task that show what its loss reads; each costs a few per cent more than others."""
 UNREAD = 1e-6
@@ -61,22 +61,21 @@ class ProtectedTreeLoRA(Remembering, Accumulating):
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
-        self._begin(task, engine)
-        inputs = self._moments(engine)
-        self.source.measure(task, lambda layer, x_Sd, g_SO: inputs.add(layer, x_Sd, _read_at_all(g_SO)))
-        inputs.keep()
+        seen = self._begin(task, engine)
+        self.source.measure(task, lambda layer, x_Sd, g_SO: seen.add(layer, x_Sd, _read_at_all(g_SO)))
+        seen.keep()
         self._designed = self._on_rank_0(
-            engine, inputs, lambda layer, spectrum: design(spectrum, self.spaces.get(layer), self.rank)
+            engine, seen, lambda layer, spectrum: design(spectrum, self.spaces.get(layer), self.rank)
         )
+        seen.clear()
         super().begin_task(task, engine, bank)
 
     def resume_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
-        self._begin(task, engine)
+        read = self._begin(task, engine)
         self.source.load_state_dict(self._resumed)
-        assert self.read
         if engine.rank == 0:  # the sum over ranks
-            self.read.sums.copy_(self._resumed["read"])
+            read.sums.copy_(self._resumed["read"])
         super().resume_task(task, engine, bank)
 
     def open(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
@@ -141,18 +140,16 @@ class ProtectedTreeLoRA(Remembering, Accumulating):
         prefix = "protected/"
         self.spaces = {key.removeprefix(prefix): space for key, space in state.items() if key.startswith(prefix)}
 
-    def _begin(self, task: TaskContext, engine: Engine) -> None:
+    def _begin(self, task: TaskContext, engine: Engine) -> InputMoments:
         self.task, self.engine = task, engine
         self._step, self._measured, self._last = 0, False, StepMetrics()
         if self.memory:
             self.memory.begin_task(task.name, task.steps)
         self.source = SignatureSource(self.options, engine, self.seed, self.rank)
-        self.read = self._moments(engine)
-
-    def _moments(self, engine: Engine) -> InputMoments:
         modules: list[tuple[str, Any]] = adapted_modules(engine.module)
         widths = {name: int(module.in_features) for name, module in modules}
-        return InputMoments(widths, COLUMNS, self.seed, engine.device)
+        self.read = InputMoments(widths, COLUMNS, self.seed, engine.device)
+        return self.read
 
     def _read(self, layer: int, x_Sd: Tensor, g_SO: Tensor) -> None:
         if self._measured and self.read:
