@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +24,14 @@ from tests.support.streams import (
     recorded,
     tiny_config,
 )
+from tests.unit.test_method_slices import assert_only_b_learns
 from treelora.adapters import layer_of
 from treelora.engine import read_adapter
 from treelora.errors import ConfigError
 from treelora.loop import StreamLoop
 from treelora.methods.treelora_protected import MEASURED, ProtectedTreeLoRA
 from treelora.objective import answer_loss
+from treelora.options.tree import TreeLoRAOptions
 from treelora.signature import GradientProbe, adapted_modules, observed
 from treelora_platform.assemble import load_adapted_model
 
@@ -59,7 +62,7 @@ def learn(folder: Path, **treelora: Any) -> tuple[StreamLoop, dict[str, list[Any
         seen["spaces"].append(dict(method.spaces))
 
     def recorded_read(layer: int, x_Sd: Tensor, g_SO: Tensor) -> None:
-        seen["tokens"][-1].append((method._step, method._measured, layer, x_Sd.clone(), g_SO.clone()))
+        seen["tokens"][-1].append((method._measured, layer, x_Sd.clone(), g_SO.clone()))
         read(layer, x_Sd, g_SO)
 
     method.begin_task, method.end_task, method._read = begun, ended, recorded_read
@@ -113,18 +116,10 @@ def test_a_pass_without_gradients_is_not_observed(tmp_path: Path) -> None:
 
 def test_only_the_own_slice_s_b_trains(tmp_path: Path) -> None:
     loop, seen = learn(tmp_path)
-    for index in range(N):
-        own = slice(index * R, (index + 1) * R)
-        for name, tensor in loop.bank[index].items():
-            start = seen["starts"][index][name]
-            if ".lora_A." in name:
-                assert torch.equal(tensor, start)
-                assert all(torch.equal(after[name][own], tensor[own]) for after in loop.bank[index:])
-            else:
-                assert not start[:, own].any()
-                assert tensor[:, own].any()
-                assert not tensor[:, (index + 1) * R :].any()
-                assert all(torch.equal(after[name][:, own], tensor[:, own]) for after in loop.bank[index:])
+    assert_only_b_learns(loop.bank, seen["starts"])
+    for index, state in enumerate(loop.bank):
+        later = slice((index + 1) * R, None)
+        assert not any(tensor[:, later].any() for name, tensor in state.items() if ".lora_B." in name)
 
 
 def test_a_is_orthogonal_to_what_is_protected(tmp_path: Path) -> None:
@@ -142,7 +137,7 @@ def test_what_is_protected_holds_its_share_of_the_loss_s_reading(tmp_path: Path)
     _, seen = learn(tmp_path)
     for tokens, spaces in zip(seen["tokens"], seen["spaces"], strict=True):
         m = torch.zeros(len(spaces), WIDTH, WIDTH)
-        for _, measured, layer, x_Sd, g_SO in tokens:
+        for measured, layer, x_Sd, g_SO in tokens:
             assert measured  # of so few steps each is
             for x_d, g_O in zip(x_Sd, g_SO, strict=True):
                 m[layer] += g_O.square().sum() * torch.outer(x_d, x_d)
@@ -170,30 +165,31 @@ def test_old_tasks_hardly_feel_the_next_one(tmp_path: Path) -> None:
 
 
 def test_no_pass_more_than_treelora_and_no_search(tmp_path: Path) -> None:
-    found = {}
+    found, signatures = {}, []
     for protect in (None, 0.9):
         loop = protected_loop(tmp_path / str(protect), {"protect": protect, "probe_batches": 2})
         loop.run()
         found[protect] = recorded(loop)
+        tree = loop.method.task_tree(loop.engine)
+        assert tree is not None
+        assert tree.tree is not None
+        signatures.append(tree.sketches)
     assert [task.passes for task in found[0.9].tasks] == [task.passes for task in found[None].tasks] == [STEPS + 2] * N
     assert all(step.arms is None for step in found[0.9].steps)
     one, other = ([step.loss for step in found[key].steps[:2]] for key in (None, 0.9))
     assert one[0] == pytest.approx(other[0], rel=1e-6)  # of the same rows at the same weights, B being zero
     assert one[1] != pytest.approx(other[1], rel=1e-6)
-    signatures = []
-    for protect in (None, 0.9):
-        loop = protected_loop(tmp_path / f"{protect}", {"protect": protect, "probe_batches": 2})
-        loop.run()
-        tree = loop.method.task_tree(loop.engine)
-        assert tree is not None
-        assert tree.tree is not None
-        signatures.append(tree.sketches)
     assert (signatures[0] == signatures[1]).all()  # on the base weights, whoever learns
 
 
 def test_measured_steps_are_spread_over_a_task() -> None:
     def measured(steps: int) -> list[int]:
-        return [s for s in range(1, steps + 1) if s * MEASURED // steps > (s - 1) * MEASURED // steps]
+        method: Any = ProtectedTreeLoRA(TreeLoRAOptions(protect=0.9), None, rank=R)
+        method.task, found = SimpleNamespace(steps=steps), []
+        for step in range(1, steps + 1):
+            method.before_step(step)
+            found += [step] * method._measured
+        return found
 
     assert measured(3) == [1, 2, 3]
     assert measured(4) == [1, 2, 3, 4]

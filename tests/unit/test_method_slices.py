@@ -11,7 +11,7 @@ import torch
 
 from tests.support.regularising import context, loop_with, row_loss, scramble
 from tests.support.streams import same_adapter
-from treelora.adapters import adapter_parameters, fresh_tensor, layer_names
+from treelora.adapters import AdapterState, adapter_parameters, fresh_tensor, layer_names
 from treelora.engine import read_adapter
 from treelora.errors import ConfigError
 from treelora.loop import StreamLoop
@@ -26,6 +26,21 @@ A, B = "x.lora_A.weight", "x.lora_B.weight"
 
 def wide_loop(method: Accumulating, folder: Path, **changes: Any) -> StreamLoop:
     return loop_with(method, folder, **({"lora": WIDE} | changes))
+
+
+def assert_only_b_learns(bank: list[AdapterState], starts: list[AdapterState]) -> None:
+    """Adapters after each task and at its start: A stays, B moves from zero in the own slice, and past slices stay."""
+    for index in range(N):
+        own = slice(index * R, (index + 1) * R)
+        for name, tensor in bank[index].items():
+            start = starts[index][name]
+            if ".lora_A." in name:
+                assert torch.equal(tensor, start)
+                assert all(torch.equal(after[name][own], tensor[own]) for after in bank[index:])
+            else:
+                assert not start[:, own].any()
+                assert tensor[:, own].any()
+                assert all(torch.equal(after[name][:, own], tensor[:, own]) for after in bank[index:])
 
 
 def plain() -> OLoRA:
