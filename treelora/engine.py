@@ -1,8 +1,10 @@
 """`Engine`: what a method needs of whatever computes a step, and the plain torch engine in one process.
 
-Names of adapter tensors are peft's (`...lora_A.weight`); an adapter's state holds float32 CPU tensors. An image
-classifier's head is trained beside the adapter and is no part of it: methods act on the adapter, and all adapters of a
-stream share the one head.
+Names of adapter tensors are peft's (`...lora_A.weight`); an adapter's state holds float32 CPU tensors. Of an adapter in
+slices (`treelora.sliced`) one slice is trained: leaves and gradients are the slice's, all else is of the whole.
+
+An image classifier's head is trained beside the adapter and is no part of it: methods act on the adapter, and all
+adapters of a stream share the one head.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from treelora.adapters import AdapterState, adapter_parameters, head_parameters
+from treelora.sliced import Sliced, own_parameters, sliced_factors
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -52,7 +55,7 @@ class Engine(Protocol):
         ...
 
     def adapter_gradients(self) -> dict[str, Tensor]:
-        """The adapter's averaged gradients after the last backward, before the step; float32, on the device.
+        """The leaves' averaged gradients after the last backward, before the step; float32, on the device.
 
         Collective.
         """
@@ -96,6 +99,10 @@ class Engine(Protocol):
         """Set the adapter under training, or its head; names that are left out stay. Collective."""
         ...
 
+    def write_leaves(self, state: Mapping[str, Tensor]) -> None:
+        """Set what is trained of the adapter: the open slice of one in slices. Collective."""
+        ...
+
     def using_adapter(self, state: Mapping[str, Tensor] | None) -> Any:
         """Context in which the module computes with another adapter (None: the current one). Collective."""
         ...
@@ -131,6 +138,23 @@ def read_head(engine: Engine) -> dict[str, Tensor]:
     return {name: tensor.detach().float().cpu().clone() for name, tensor in engine.head_tensors().items()}
 
 
+def whole_tensors(weights: Mapping[str, nn.Parameter], factors: Mapping[str, Sliced]) -> dict[str, Tensor]:
+    """An adapter as it is now, with the open slice of one in slices; not to be written to."""
+    return {name: factors[name].whole() if name in factors else weight.detach() for name, weight in weights.items()}
+
+
+def destinations(
+    weights: Mapping[str, nn.Parameter], factors: Mapping[str, Sliced], state: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """The tensors that an adapter's state goes to, and what each gets; also what stands in a weight's place."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for name, tensor in state.items():
+        found.append((weights[name], tensor))
+        if name in factors:
+            found += factors[name].standing(tensor)
+    return found
+
+
 def make_optimizer(parameters: Sequence[nn.Parameter], spec: OptimizerSpec) -> torch.optim.AdamW:
     """AdamW over adapter and head; the learning rate is set at every step."""
     return torch.optim.AdamW(
@@ -149,7 +173,8 @@ class TorchEngine:
         self.module = module.to(self.device)
         self.spec = spec
         self.parameters, self.head = adapter_parameters(module), head_parameters(module)
-        self.trained = self.parameters | self.head
+        self.factors, self.leaves = sliced_factors(module), own_parameters(module)
+        self.trained = self.leaves | self.head
         self.optimizer = make_optimizer(list(self.trained.values()), spec)
 
     def forward_model(self) -> Callable[..., Any]:
@@ -162,12 +187,12 @@ class TorchEngine:
 
     def adapter_gradients(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in self.parameters.items()}
+        return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in self.leaves.items()}
 
     def set_adapter_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
         for name, gradient in gradients.items():
-            self.parameters[name].grad = gradient.to(self.device, torch.float32)
+            self.leaves[name].grad = gradient.to(self.device, torch.float32)
 
     def step(self, lr: float) -> Tensor | float:
         """See `Engine`."""
@@ -189,11 +214,11 @@ class TorchEngine:
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+        return whole_tensors(self.parameters, self.factors)
 
     def adapter_leaves(self) -> dict[str, nn.Parameter]:
         """See `Engine`."""
-        return self.parameters
+        return self.leaves
 
     def head_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
@@ -201,8 +226,13 @@ class TorchEngine:
 
     def write_adapter(self, state: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
+        for target, tensor in destinations(self.parameters | self.head, self.factors, state):
+            target.data.copy_(tensor)
+
+    def write_leaves(self, state: Mapping[str, Tensor]) -> None:
+        """See `Engine`."""
         for name, tensor in state.items():
-            self.trained[name].data.copy_(tensor)
+            self.leaves[name].data.copy_(tensor)
 
     @contextmanager
     def using_adapter(self, state: Mapping[str, Tensor] | None) -> Iterator[None]:

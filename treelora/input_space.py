@@ -18,8 +18,8 @@ Shapes: L layers, d inputs of a layer, K columns, p protected directions, r rank
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -43,7 +43,9 @@ class InputMoments:
     def __init__(self, widths: Mapping[str, int], size: int, seed: int, device: torch.device) -> None:
         """Layers by name with their numbers of inputs. K is `size`, or d where that is less."""
         self.layers = tuple(widths)
-        self._omegas = [_signs(layer, width, min(size, width), seed).to(device) for layer, width in widths.items()]
+        # the same for all layers of a width, so that one product does for those that read the same input (q and v)
+        columns = {width: _signs(width, min(size, width), seed).to(device) for width in widths.values()}
+        self._omegas = [columns[width] for width in widths.values()]
         self._places: list[slice] = []
         start = 0
         for omega_dK in self._omegas:
@@ -52,14 +54,22 @@ class InputMoments:
         self.sums = torch.zeros(start, device=device)
         """Of this worker: a layer's sketch, then its trace, then the next layer's."""
         self._new = torch.zeros_like(self.sums)
+        self._last = (self.sums[:0], self.sums[:0], self.sums[:0])
 
     def add(self, layer: int, x_Td: Tensor, weights_T: Tensor) -> None:
         """Take in a layer's tokens, each as often as its weight says; they count from `keep` on."""
-        x_Td = x_Td.float()
-        heavy_Td = x_Td * weights_T.float()[:, None]
+        x_Td, omega_dK = x_Td.float(), self._omegas[layer]
+        if x_Td.data_ptr() != self._last[0].data_ptr() or x_Td.shape != self._last[0].shape:
+            self._last = (
+                x_Td,
+                x_Td @ omega_dK,
+                x_Td.square().sum(1),
+            )  # the input too, so that its address means itself
+        _, products_TK, squares_T = self._last
+        weights_T = weights_T.float()
         new = self._new[self._places[layer]]
-        new[:-1] += (heavy_Td.T @ (x_Td @ self._omegas[layer])).flatten()
-        new[-1] += (heavy_Td * x_Td).sum()
+        new[:-1].view(omega_dK.shape).addmm_(x_Td.T, products_TK * weights_T[:, None])
+        new[-1] += (squares_T * weights_T).sum()
 
     def keep(self) -> None:
         """What was taken in since the last `keep` or `drop` counts."""
@@ -69,20 +79,24 @@ class InputMoments:
     def drop(self) -> None:
         """What was taken in since the last `keep` or `drop` doesn't count."""
         self._new.zero_()
+        self._last = (self.sums[:0], self.sums[:0], self.sums[:0])
 
-    def clear(self) -> None:
-        """Begin anew, with the same columns."""
-        self.sums.zero_()
-        self.drop()
+    def another(self) -> InputMoments:
+        """Empty ones with the same columns."""
+        other = copy(self)
+        other.sums, other._new = torch.zeros_like(self.sums), torch.zeros_like(self.sums)
+        return other
 
     def spectra(self, engine: Engine) -> dict[str, Spectrum]:
-        """Of all workers' tokens; {} except on rank 0. Collective."""
-        sums = engine.all_reduce(self.sums.clone()).cpu().double()
-        if engine.rank:
-            return {}
+        """Of all workers' tokens, for this worker's share of the layers. Collective."""
+        sums = engine.all_reduce(self.sums.clone()).cpu()
+        layers = list(zip(self.layers, self._places, self._omegas, strict=True))
         return {
-            layer: (*eigen(sums[place][:-1].view(omega_dK.shape), omega_dK.cpu().double()), float(sums[place][-1]))
-            for layer, place, omega_dK in zip(self.layers, self._places, self._omegas, strict=True)
+            layer: (
+                *eigen(sums[place][:-1].view(omega_dK.shape).double(), omega_dK.cpu().double()),
+                float(sums[place][-1]),
+            )
+            for layer, place, omega_dK in layers[engine.rank :: engine.world_size]
         }
 
 
@@ -172,8 +186,8 @@ def _left(half_dK: Tensor) -> tuple[Tensor, Tensor]:
     return half_dK @ turn_KK / roots_K * known_K, values_K
 
 
-def _signs(layer: str, width: int, size: int, seed: int) -> Tensor:
+def _signs(width: int, size: int, seed: int) -> Tensor:
     if size == width:
         return torch.eye(width)
-    bits = keyed_bits(seed, zlib.crc32(layer.encode()), width * size, purpose=PURPOSE_INPUTS) >> 63
+    bits = keyed_bits(seed, width, width * size, purpose=PURPOSE_INPUTS) >> 63
     return torch.from_numpy(bits.astype("float32").reshape(width, size)) * 2 - 1

@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from treelora.errors import ConfigError
 from treelora.sketch import PURPOSE_PROBE, keyed_bits
 
-Observe = Callable[[int, Tensor, Tensor], None]
-"""Takes a layer's number, its inputs [S, in_l] and the loss's gradients at its outputs [S, out_l], tokens in a row."""
-
 
 def adapted_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """All peft LoRA modules that wrap a linear layer, in model order: the "layers" of TreeLoRA.
@@ -78,12 +75,12 @@ class GradientProbe:
         """D_l = out_l * r of each layer: what a CountSketch of these signatures needs."""
         return [out_features * self.rank for _, out_features in self._features]
 
-    def measure(self, loss_fn: Callable[[], Tensor], observe: Observe | None = None) -> list[Tensor]:
+    def measure(self, loss_fn: Callable[[], Tensor]) -> list[Tensor]:
         """Gradient of one scalar loss for every layer: [out_l, r], float32, on the module's device.
 
         loss_fn runs the model's forward once (or more often) and returns the mean loss. The adapter is
         disabled while it runs, so dropout inside LoRA plays no part. Reentrant gradient checkpointing must be
-        off. `observe`, where given, sees each layer's inputs and gradients in passing.
+        off.
 
         Raises: ConfigError where the loss isn't a scalar or doesn't depend on an adapted module.
         """
@@ -96,8 +93,6 @@ class GradientProbe:
                 probes.append(probe)
                 hook = _add_probe(self._a0[layer].to(device), probe, self.scale)
                 hooks.append(module.register_forward_hook(hook))
-                if observe:
-                    hooks.append(module.register_forward_hook(observed(layer, observe)))
             with _base_weights_only(self.model), torch.enable_grad():
                 loss = loss_fn()
                 if loss.numel() != 1 or not loss.requires_grad:
@@ -113,17 +108,6 @@ class GradientProbe:
             if gradient is None:
                 raise ConfigError(f"the loss doesn't depend on {name}: turn gradient checkpointing off, or adapt less")
         return [gradient.detach() for gradient in gradients]
-
-
-def observed(layer: int, observe: Observe) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-    """A forward hook by which `observe` is called in the backward pass, where there is one."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], y_BTO: Tensor) -> None:
-        if y_BTO.requires_grad:
-            x_Sd = args[0].detach().flatten(0, -2)
-            y_BTO.register_hook(lambda g_BTO: observe(layer, x_Sd, g_BTO.detach().flatten(0, -2)))
-
-    return hook
 
 
 def gradient_vectors(named_grads: Mapping[str, Tensor], layer_names: Sequence[str]) -> list[Tensor]:

@@ -31,6 +31,7 @@ from treelora.models.causal import load_model, load_tokenizer
 from treelora.models.prompted import Prompted
 from treelora.models.spec import ModelSpec
 from treelora.models.vision import head_name, load_image_model
+from treelora.sliced import slice_adapter
 from treelora.tree import TreeKind
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.stream_data import image_data, text_data
@@ -77,7 +78,10 @@ def assemble(
     """
     tokenizer = None if config.images else load_tokenizer(config.model.name)
     classes = len(StreamClasses.of(tasks).names) if config.images else 0
-    engine = make_engine(load_adapted_model(config, len(tasks), classes), optimizer_spec(config))
+    module, kind = load_adapted_model(config, len(tasks), classes), method_class(config)
+    if issubclass(kind, Accumulating):
+        slice_adapter(module, config.lora.rank, trains_a=not kind.freezes_a)
+    engine = make_engine(module, optimizer_spec(config))
     if engine.rank != 0:
         engine.broadcast(None)  # rank 0 tokenises or decodes first, the others find its cache
     options = evaluation_options(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, TypeVar
@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from treelora.adapters import adapter_parameters, head_parameters
-from treelora.engine import MOMENTS, OptimizerSpec, make_optimizer
+from treelora.engine import MOMENTS, OptimizerSpec, destinations, make_optimizer, whole_tensors
 from treelora.models.vision import image_format
+from treelora.sliced import own_parameters, show_slice, sliced_factors
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.lean_imports import without
 
@@ -99,7 +100,8 @@ class DeepSpeedEngine:
         )
         self.module = self.engine.module
         self.parameters, self.head = adapter_parameters(self.module), head_parameters(self.module)
-        self.trained = self.parameters | self.head
+        self.factors, self.leaves = sliced_factors(self.module), own_parameters(self.module)
+        self.trained = self.leaves | self.head
         self._materialise_moments()
 
     def forward_model(self) -> Callable[..., Any]:
@@ -121,12 +123,12 @@ class DeepSpeedEngine:
 
     def adapter_gradients(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {name: safe_get_full_grad(p).float() for name, p in self.parameters.items()}
+        return {name: safe_get_full_grad(p).float() for name, p in self.leaves.items()}
 
     def set_adapter_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
         for name, gradient in gradients.items():
-            safe_set_full_grad(self.parameters[name], gradient)
+            safe_set_full_grad(self.leaves[name], gradient)
 
     def step(self, lr: float) -> Tensor | float:
         """See `Engine`."""
@@ -155,11 +157,12 @@ class DeepSpeedEngine:
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {name: parameter.detach() for name, parameter in self.adapter_leaves().items()}
+        self._whole(self.leaves)
+        return whole_tensors(self._whole(self.parameters), self.factors)
 
     def adapter_leaves(self) -> dict[str, nn.Parameter]:
         """See `Engine`."""
-        return self._whole(self.parameters)
+        return self._whole(self.leaves)
 
     def head_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
@@ -167,10 +170,11 @@ class DeepSpeedEngine:
 
     def write_adapter(self, state: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
-        self._write_module(state)
-        if self.stage > 0:
-            # all shards at once: DeepSpeed's setter for one parameter costs more than the whole copy
-            self.engine.optimizer.refresh_fp32_params()
+        self._write(destinations(self.parameters | self.head, self.factors, state))
+
+    def write_leaves(self, state: Mapping[str, Tensor]) -> None:
+        """See `Engine`."""
+        self._write([(self.leaves[name], tensor) for name, tensor in state.items()])
 
     @contextmanager
     def using_adapter(self, state: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -179,11 +183,11 @@ class DeepSpeedEngine:
             yield
             return
         kept = {name: tensor.clone() for name, tensor in self.adapter_tensors().items() if name in state}
-        self._write_module(state)
+        self._write_module(destinations(self.parameters, self.factors, state))
         try:
             yield
         finally:
-            self._write_module(kept)
+            self._write_module(destinations(self.parameters, self.factors, kept))
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """See `Engine`."""
@@ -236,11 +240,13 @@ class DeepSpeedEngine:
 
     def _materialise_moments(self) -> None:
         # ZeRO links its shards of the moments at the first step; a zero gradient at rate zero changes no weight
+        show_slice(self.module, 0)  # or a slice's parameter would have no gradient
         inputs = self._any_inputs()
         for micro in range(self.accumulation):
             logits = self.forward_model()(**inputs).logits
             self.backward(logits.float().sum() * 0.0, last=micro == self.accumulation - 1)
         self.step(0.0)
+        show_slice(self.module, None)
         self.reset_optimizer()
 
     def _any_inputs(self) -> dict[str, Tensor]:
@@ -263,11 +269,16 @@ class DeepSpeedEngine:
         optimizer = self.engine.optimizer
         return getattr(optimizer, "optimizer", optimizer).state
 
-    def _write_module(self, state: Mapping[str, Tensor]) -> None:
-        parameters = [self.trained[name] for name in state]
-        on_device = [tensor.to(self.device, torch.float32) for tensor in state.values()]
-        with self._gathered(parameters):
-            torch._foreach_copy_([parameter.data for parameter in parameters], on_device)
+    def _write(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._write_module(parts)
+        if self.stage > 0 and any(target.requires_grad for target, _ in parts):
+            # all shards at once: DeepSpeed's setter for one parameter costs more than the whole copy
+            self.engine.optimizer.refresh_fp32_params()
+
+    def _write_module(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        on_device = [tensor.to(self.device, torch.float32) for _, tensor in parts]
+        with self._gathered([target for target, _ in parts if isinstance(target, nn.Parameter)]):
+            torch._foreach_copy_([target.data for target, _ in parts], on_device)
 
     def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
         if self.stage < 3:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.support.ranks import run_ranks
+from tests.support.regularising import held_for
 from tests.support.streams import Recorded, tiny_config
 from treelora.engine import TorchEngine
 from treelora.local_memory import LocalMemory
@@ -55,8 +56,13 @@ def learn(folder: str, world: int, name: str, stage: int, make_engine: Any) -> d
         stream={"test_rows": 2},
     )
     hooks, tasks = Recorded(), list(prepare_stream(config).stream)
-    loop = assemble(config, tasks, Path(folder) / "tokens", hooks, lambda m, s: make_engine(m, s, config), LocalMemory)
-    loop.method = MAKE[name]()
+    method = MAKE[name]()
+
+    def engine(module: Any, spec: Any) -> Any:
+        return make_engine(held_for(method, module), spec, config)
+
+    loop = assemble(config, tasks, Path(folder) / "tokens", hooks, engine, LocalMemory)
+    loop.method = method
     loop.run()
     state = {key: tensor.clone() for key, tensor in loop.method.state_dict().items()}
     losses = [record.loss for record in hooks.steps]

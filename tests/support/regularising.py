@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.support.streams import Recorded, build_loop, commits, digests, same_adapter, tiny_config
-from treelora.adapters import adapter_parameters
+from treelora.engine import TorchEngine
 from treelora.loop import StreamLoop
 from treelora.methods.base import Method, TaskContext
+from treelora.methods.slices import Accumulating
+from treelora.sliced import own_parameters, slice_adapter
+from treelora_platform.config import ExperimentConfig
 from treelora_platform.hooks import PlatformHooks
 from treelora_platform.prepare import prepare_stream
 from treelora_platform.recorder import Recorder
@@ -24,9 +27,21 @@ from treelora_platform.recorder import Recorder
 def loop_with(method: Method, folder: Path, hooks: Any = None, **changes: Any) -> StreamLoop:
     """The tiny stream at its start, learnt by `method`; dropout is off unless `changes` say otherwise."""
     quick = {"method": "sequential", "lora": {"dropout": 0.0}, "evaluation": {"modes": ["last"]}}
-    loop = build_loop(tiny_config(folder, **(quick | changes)), hooks or Recorded())
+    return build_with(method, tiny_config(folder, **(quick | changes)), hooks or Recorded())
+
+
+def build_with(method: Method, config: ExperimentConfig, hooks: Any) -> StreamLoop:
+    """A loop at the start of the stream with a method of one's own, the adapter held as that needs it."""
+    loop = build_loop(config, hooks, lambda module, spec: TorchEngine(held_for(method, module), spec))
     loop.method = method
     return loop
+
+
+def held_for(method: Method, module: Any) -> Any:
+    """An adapted model, its adapter in slices where the method wants them."""
+    if isinstance(method, Accumulating):
+        slice_adapter(module, method.rank, trains_a=not method.freezes_a)
+    return module
 
 
 def context(loop: StreamLoop, index: int) -> TaskContext:
@@ -60,8 +75,8 @@ def row_loss(loop: StreamLoop, unit: int, row: int) -> tuple[Tensor, int]:
 
 
 def gradient_of(loop: StreamLoop, loss: Tensor) -> Tensor:
-    """Gradient with respect to the adapter as one vector."""
-    gradients = torch.autograd.grad(loss, list(adapter_parameters(loop.engine.module).values()))
+    """Gradient with respect to what is trained of the adapter, as one vector."""
+    gradients = torch.autograd.grad(loss, list(own_parameters(loop.engine.module).values()))
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
@@ -79,8 +94,7 @@ def execute_with(method: Method, run_dir: Path, **changes: Any) -> StreamLoop:
     )
     recorder = Recorder(run_dir, list(prepare_stream(config).stream))
     hooks = PlatformHooks(run_dir, config.checkpoint.keep, recorder, None)
-    loop = build_loop(config, hooks)
-    loop.method = method
+    loop = build_with(method, config, hooks)
     hooks.take_up(loop)
     loop.run()
     recorder.close()

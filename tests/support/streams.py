@@ -15,7 +15,7 @@ from treelora.evaluation.matrix import Score
 from treelora.local_memory import LocalMemory
 from treelora.loop import StreamLoop
 from treelora.loop_records import Position, StepRecord, TaskRecord
-from treelora_platform.assemble import assemble
+from treelora_platform.assemble import MakeEngine, assemble
 from treelora_platform.config import ExperimentConfig, parse_config
 from treelora_platform.hooks import PlatformHooks
 from treelora_platform.prepare import prepare_stream
@@ -93,11 +93,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_loop(config: ExperimentConfig, hooks: Any = None) -> StreamLoop:
+def build_loop(config: ExperimentConfig, hooks: Any = None, make_engine: MakeEngine = TorchEngine) -> StreamLoop:
     """A loop at the start of the stream."""
     torch.set_num_threads(1)
     tasks = list(prepare_stream(config).stream)
-    return assemble(config, tasks, Path(config.output_dir) / "tokens", hooks or Recorded(), TorchEngine, LocalMemory)
+    return assemble(config, tasks, Path(config.output_dir) / "tokens", hooks or Recorded(), make_engine, LocalMemory)
 
 
 def same_adapter(one: AdapterState, other: AdapterState) -> bool:

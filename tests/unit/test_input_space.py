@@ -19,9 +19,9 @@ from treelora.input_space import InputMoments, Spectrum, design, eigen, protect
 D = 12
 
 
-def engine(rank: int = 0) -> Any:
+def engine(rank: int = 0, world_size: int = 1) -> Any:
     """One rank among others that have seen nothing."""
-    return SimpleNamespace(rank=rank, all_reduce=lambda tensor: tensor)
+    return SimpleNamespace(rank=rank, world_size=world_size, all_reduce=lambda tensor: tensor)
 
 
 def tokens(seed: int, count: int = 40, width: int = D) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,8 @@ def test_moments_are_sums_over_tokens() -> None:
         torch.testing.assert_close(vectors * values @ vectors.T, whole, rtol=1e-4, atol=1e-5)
         assert trace == pytest.approx(float(whole.trace()), rel=1e-5)
         torch.testing.assert_close(values, spectrum_of(whole)[1], rtol=1e-4, atol=1e-5)
-    assert moments.spectra(engine(rank=1)) == {}
+    shares = [moments.spectra(engine(rank, 3)).keys() for rank in range(3)]
+    assert shares == [{"a"}, {"b"}, set()]
 
 
 def test_what_is_not_kept_does_not_count() -> None:
@@ -85,8 +86,26 @@ def test_workers_and_steps_add_up() -> None:
     for moments in (whole, one, other):
         moments.keep()
     torch.testing.assert_close(one.sums + other.sums, whole.sums)
-    assert not torch.equal(InputMoments({"b": D}, 4, 7, cpu)._omegas[0], whole._omegas[0])
+    assert not torch.equal(InputMoments({"a": D}, 4, 8, cpu)._omegas[0], whole._omegas[0])
     assert torch.equal(InputMoments({"a": D}, 4, 7, cpu)._omegas[0], whole._omegas[0])
+
+
+def test_layers_of_one_input_share_a_product() -> None:
+    """Whatever comes between them, and with weights of their own."""
+    x, weights = tokens(4)
+    other, _ = tokens(5)
+    moments = InputMoments({"q": D, "v": D, "o": D}, size=4, seed=0, device=torch.device("cpu"))
+    for layer, (inputs, weight) in enumerate([(x, weights), (x, 1 - weights), (other, weights)]):
+        moments.add(layer, inputs, weight)
+    x.mul_(2)  # as a buffer that the next step writes to
+    moments.keep()
+    moments.add(0, x, weights)
+    moments.keep()
+    alone = InputMoments({"q": D, "v": D, "o": D}, size=4, seed=0, device=torch.device("cpu"))
+    for layer, (inputs, weight) in enumerate([(x / 2, weights), (x / 2, 1 - weights), (other, weights), (x, weights)]):
+        alone.add(layer % 3, inputs.clone(), weight)
+        alone.keep()
+    torch.testing.assert_close(moments.sums, alone.sums)
 
 
 @settings(deadline=None, max_examples=30)

@@ -1,4 +1,4 @@
-"""TreeLoRA in protected slices: what it sees, what it leaves alone, and that it costs no pass."""
+"""TreeLoRA in protected slices: what it sees, what it leaves alone, and that it takes no pass but its steps."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tests.support.regularising import context
+from tests.support.regularising import context, row_loss, scramble
 from tests.support.streams import (
     STEPS,
     TASKS,
@@ -22,6 +23,7 @@ from tests.support.streams import (
     execute,
     outcome,
     recorded,
+    same_adapter,
     tiny_config,
 )
 from tests.unit.test_method_slices import assert_only_b_learns
@@ -32,7 +34,10 @@ from treelora.loop import StreamLoop
 from treelora.methods.treelora_protected import MEASURED, ProtectedTreeLoRA
 from treelora.objective import answer_loss
 from treelora.options.tree import TreeLoRAOptions
-from treelora.signature import GradientProbe, adapted_modules, observed
+from treelora.signature import GradientProbe, adapted_modules
+from treelora.sketch import CountSketch, normalise
+from treelora.sliced import sliced_factors
+from treelora.watching import Seen, watch
 from treelora_platform.assemble import load_adapted_model
 
 N, R = len(TASKS), 2
@@ -40,7 +45,7 @@ WIDTH = 32
 
 
 def protected_loop(folder: Path, treelora: dict[str, Any] | None = None, **changes: Any) -> StreamLoop:
-    options = {"protect": 0.9} | (treelora or {})
+    options = {"protect": 0.9, "probe_batches": None} | (treelora or {})
     config = tiny_config(folder, **({"lora": {"dropout": 0.0}, "treelora": options} | changes))
     return build_loop(config, Recorded())
 
@@ -50,24 +55,45 @@ def learn(folder: Path, **treelora: Any) -> tuple[StreamLoop, dict[str, list[Any
     loop = protected_loop(folder, treelora)
     method: Any = loop.method
     seen: dict[str, list[Any]] = {"starts": [], "spaces": [], "tokens": []}
-    begin_task, end_task, read = method.begin_task, method.end_task, method._read
+    begin_task, end_task, saw, after_backward = (
+        method.begin_task,
+        method.end_task,
+        method._saw,
+        method.after_backward,
+    )
 
     def begun(task: Any, engine: Any, bank: Any) -> None:
         seen["tokens"].append([])
         begin_task(task, engine, bank)
-        seen["starts"].append(read_adapter(engine))
+
+    def backward_done(engine: Any) -> None:
+        after_backward(engine)
+        if len(seen["starts"]) < len(seen["tokens"]):
+            seen["starts"].append(read_adapter(engine))
 
     def ended(engine: Any) -> None:
         end_task(engine)
         seen["spaces"].append(dict(method.spaces))
 
-    def recorded_read(layer: int, x_Sd: Tensor, g_SO: Tensor) -> None:
-        seen["tokens"][-1].append((method._measured, layer, x_Sd.clone(), g_SO.clone()))
-        read(layer, x_Sd, g_SO)
+    def recorded(layer: int, shown: Seen) -> None:
+        seen["tokens"][-1].append((method._measured, layer, shown.x.clone(), shown.g.clone()))
+        saw(layer, shown)
 
-    method.begin_task, method.end_task, method._read = begun, ended, recorded_read
+    method.begin_task, method.end_task, method._saw, method.after_backward = begun, ended, recorded, backward_done
     loop.run()
     return loop, seen
+
+
+def begun_at(folder: Path, index: int, **train: Any) -> StreamLoop:
+    """A loop within its first step of a task, past slices having random numbers."""
+    loop = protected_loop(folder, train=train)
+    state = scramble(loop, 0)
+    loop.engine.write_adapter(
+        {name: tensor * (torch.arange(N * R) < index * R) for name, tensor in state.items() if ".lora_B." in name}
+    )
+    loop.method.begin_task(context(loop, index), loop.engine, [])
+    loop.method.before_step(1)
+    return loop
 
 
 def test_the_adapter_has_a_slice_for_each_task(tmp_path: Path) -> None:
@@ -78,40 +104,89 @@ def test_the_adapter_has_a_slice_for_each_task(tmp_path: Path) -> None:
     assert load_adapted_model(config, 5).peft_config["default"].r == 5 * R
 
 
-def test_observed_tokens_make_up_the_full_gradient(tmp_path: Path) -> None:
-    """sum_t g_t x_t^T is the gradient of the layer's own frozen weight, as autograd has it."""
-    loop = protected_loop(tmp_path)
-    task, module = context(loop, 0), loop.engine.module
-    layers: list[tuple[str, Any]] = adapted_modules(module)
-    sums = [torch.zeros(layer.out_features, layer.in_features) for _, layer in layers]
+@pytest.mark.parametrize("index", range(N))
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_first_gradient_is_that_of_the_designed_a(index: int, micro_batches: int, tmp_path: Path) -> None:
+    """Though A was designed behind the passes: against autograd with that A from the beginning."""
+    loop = begun_at(tmp_path, index, accumulation=micro_batches)
+    engine, method, task = loop.engine, loop.method, context(loop, index)
+    batches, normaliser = task.micro_batches(0), task.normaliser(0)
+    assert len(batches) == micro_batches
+    before = read_adapter(engine)
+    for batch in batches:
+        engine.backward(method.loss(engine, batch, normaliser), last=batch is batches[-1])
+    method.after_backward(engine)
+    found = {name: gradient.clone() for name, gradient in engine.adapter_gradients().items()}
+    engine.drop_gradients()
+    for name, tensor in read_adapter(engine).items():
+        changed = (tensor != before[name]).nonzero()[:, 0]
+        assert set(changed.tolist()) == (set(range(index * R, (index + 1) * R)) if ".lora_A." in name else set())
 
-    def observe(layer: int, x_Sd: Tensor, g_SO: Tensor) -> None:
-        sums[layer] += g_SO.T @ x_Sd
-
-    def loss() -> Tensor:
-        return answer_loss(module, task.micro_batches(1)[0], task.normaliser(1))
-
-    GradientProbe(module, R, 0).measure(loss, observe)
-    weights = [layer.get_base_layer().weight.requires_grad_(True) for _, layer in layers]
-    with module.disable_adapter():
-        expected = torch.autograd.grad(loss(), weights)
-    for found, gradient in zip(sums, expected, strict=True):
-        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
-        assert gradient.abs().max() > 0
-    assert not any(layer._forward_hooks for _, layer in layers[1:])  # none stays
+    for batch in batches:
+        engine.backward(answer_loss(engine.forward_model(), batch, normaliser), last=batch is batches[-1])
+    assert found.keys() == {name for name in before if ".lora_B." in name}
+    for name, gradient in engine.adapter_gradients().items():
+        assert gradient.any()
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_a_pass_without_gradients_is_not_observed(tmp_path: Path) -> None:
-    loop = protected_loop(tmp_path)
-    task, called = context(loop, 0), []
-    _, module = adapted_modules(loop.engine.module)[0]
-    handle = module.register_forward_hook(observed(0, lambda *seen: called.append(seen)))
-    with torch.no_grad():
-        answer_loss(loop.engine.module, task.micro_batches(0)[0], 1.0)
-    assert not called
-    answer_loss(loop.engine.module, task.micro_batches(0)[0], 1.0).backward()
-    assert len(called) == 1
-    handle.remove()
+def test_a_is_designed_by_inputs_that_the_loss_reads(tmp_path: Path) -> None:
+    """The rows of A against the SVD of single rows' inputs, at the weights as they stand, without padding."""
+    loop = begun_at(tmp_path, 1)
+    engine, method, task = loop.engine, loop.method, context(loop, 1)
+    modules = adapted_modules(engine.module)
+    inputs: list[list[Tensor]] = [[] for _ in modules]
+
+    def saw(layer: int, seen: Seen) -> None:
+        read = seen.g.norm(dim=1) > 1e-3 * seen.g.norm(dim=1).max()
+        inputs[layer].append(seen.x[read])
+
+    for row in loop.units[1].plan.rows(0):
+        handles = watch(engine.module, lambda: True, saw)
+        row_loss(loop, 1, int(row))[0].backward()
+        for handle in handles:
+            handle.remove()
+    engine.drop_gradients()
+    method.before_step(1)
+    engine.backward(method.loss(engine, task.micro_batches(0)[0], task.normaliser(0)), last=True)
+    method.after_backward(engine)
+    for (name, _), tokens in zip(modules, inputs, strict=True):
+        main = torch.linalg.svd(torch.cat(tokens), full_matrices=False)[2][:R]
+        own = read_adapter(engine)[f"{name}.lora_A.weight"][R : 2 * R]
+        cosines = (own * main).sum(1).abs() * 3**0.5
+        torch.testing.assert_close(cosines, torch.ones(R), rtol=0, atol=1e-2)
+
+
+def test_a_bad_first_step_shows_nothing(tmp_path: Path) -> None:
+    """The next one is the first; also where the run is interrupted between them."""
+    loops = [protected_loop(tmp_path / name) for name in ("skipped", "resumed", "later")]
+    tasks = [context(loop, 0) for loop in loops]
+
+    def step(loop: StreamLoop, task: Any, number: int, factor: float) -> None:
+        loop.method.before_step(number)
+        loss = factor * loop.method.loss(loop.engine, task.micro_batches(number - 1)[0], task.normaliser(number - 1))
+        loop.engine.backward(loss, last=True)
+        if factor == 1.0:
+            loop.method.after_backward(loop.engine)
+            loop.engine.step(0.01)
+            loop.method.after_step(loop.engine, 0.01)
+        else:
+            loop.engine.drop_gradients()
+            loop.method.step_skipped()
+
+    skipped, resumed, later = loops
+    skipped.method.begin_task(tasks[0], skipped.engine, [])
+    step(skipped, tasks[0], 1, float("nan"))
+    state = {key: tensor.clone() for key, tensor in skipped.method.state_dict().items()}
+    resumed.engine.write_adapter(read_adapter(skipped.engine))
+    resumed.method.load_state_dict(state)
+    resumed.method.resume_task(tasks[1], resumed.engine, [])
+    later.method.begin_task(tasks[2], later.engine, [])
+    for loop, task in zip(loops, tasks, strict=True):
+        step(loop, task, 2, 1.0)
+    for loop in loops[1:]:
+        assert same_adapter(read_adapter(loop.engine), read_adapter(skipped.engine))
+        assert torch.equal(loop.method.state_dict()["read"], skipped.method.state_dict()["read"])
 
 
 def test_only_the_own_slice_s_b_trains(tmp_path: Path) -> None:
@@ -164,7 +239,8 @@ def test_old_tasks_hardly_feel_the_next_one(tmp_path: Path) -> None:
     assert changes[0] < 0.2 * changes[1], changes
 
 
-def test_no_pass_more_than_treelora_and_no_search(tmp_path: Path) -> None:
+def test_nothing_is_searched(tmp_path: Path) -> None:
+    """The first task begins as with treelora; the signature is the same where as many batches are asked for."""
     found, signatures = {}, []
     for protect in (None, 0.9):
         loop = protected_loop(tmp_path / str(protect), {"protect": protect, "probe_batches": 2})
@@ -182,10 +258,32 @@ def test_no_pass_more_than_treelora_and_no_search(tmp_path: Path) -> None:
     assert (signatures[0] == signatures[1]).all()  # on the base weights, whoever learns
 
 
+def test_the_signature_of_a_quarter_of_a_batch(tmp_path: Path) -> None:
+    """Against the probe on these rows; of one pass, whatever was learnt before."""
+    loop = protected_loop(tmp_path, train={"global_batch": 12})
+    loop.run()
+    assert [task.passes for task in recorded(loop).tasks] == [STEPS + 1] * N
+    tree = loop.method.task_tree(loop.engine)
+    assert tree is not None
+    module = loop.engine.module
+    probe, fresh = GradientProbe(module, R, 0), protected_loop(tmp_path)
+    for index, signature in enumerate(tree.sketches):
+        batch = context(fresh, index).fetch([(index, row) for row in (0, 8, 16)])  # of 24 rows a quarter of 12
+        gradients = probe.measure(lambda batch=batch: answer_loss(module, batch, 7.0))
+        expected = normalise(CountSketch(probe.layer_dims, 8, 0).sketch(gradients))
+        np.testing.assert_allclose(signature, expected.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_watches_between_tasks(tmp_path: Path) -> None:
+    loop, _ = learn(tmp_path)
+    assert not any(module._forward_hooks for _, module in adapted_modules(loop.engine.module))
+    assert all(factor.index is None for factor in sliced_factors(loop.engine.module).values())
+
+
 def test_measured_steps_are_spread_over_a_task() -> None:
     def measured(steps: int) -> list[int]:
         method: Any = ProtectedTreeLoRA(TreeLoRAOptions(protect=0.9), None, rank=R)
-        method.task, found = SimpleNamespace(steps=steps), []
+        method.task, method._designed, found = SimpleNamespace(steps=steps), True, []
         for step in range(1, steps + 1):
             method.before_step(step)
             found += [step] * method._measured
@@ -223,6 +321,10 @@ def test_prox_keeps_small_changes_at_zero(tmp_path: Path) -> None:
     last = [tensor[:, (N - 1) * R :] for name, tensor in strong.bank[-1].items() if ".lora_B." in name]
     share = sum(int((part == 0).sum()) for part in last) / sum(part.numel() for part in last)
     assert sparsity[-1] == pytest.approx(share, abs=1e-6)
+    left = [step.penalty_loss for step in recorded(strong).steps]
+    assert left[-1] == pytest.approx(sum(float(part.abs().sum()) for part in last), rel=1e-5)  # lambda is 1
+    assert all((step.penalty_ratio or 0) > 0 for step in recorded(strong).steps)
+    assert all(step.penalty_ratio == 0 for step in recorded(weak).steps)
 
 
 def test_all_ways_of_inference_are_scored(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from treelora.engine import read_adapter
 from treelora.methods.sdlora import SDLoRA, SDLoRAOptions, direction, size
 from treelora.methods.slices import Slices
 from treelora.schedule import learning_rate
+from treelora.sliced import sliced_factors
 
 
 def product(state: AdapterState, layer: str, index: int) -> Tensor:
@@ -84,13 +85,13 @@ def test_gradient_of_the_magnitudes(micro_batches: int, tmp_path: Path) -> None:
     assert gradient_Lt.abs().max() > 0.05
 
     for row, layer in enumerate(layers):
-        parameter = engine.parameters[f"{layer}.lora_B.weight"].data  # type: ignore[attr-defined]
+        past_OP: Any = sliced_factors(engine.module)[f"{layer}.lora_B.weight"].past
         for k in (0, 1):
             values = []
             for magnitude in (0.52, 0.48):
-                parameter[:, Slices(R, k).own] = magnitude * directions[layer, k]
+                past_OP.data[:, Slices(R, k).own] = magnitude * directions[layer, k]
                 values.append(torch.stack(losses()).sum().item())
-            parameter[:, Slices(R, k).own] = 0.5 * directions[layer, k]
+            past_OP.data[:, Slices(R, k).own] = 0.5 * directions[layer, k]
             assert float(gradient_Lt[row, k]) == pytest.approx((values[0] - values[1]) / 0.04, rel=1e-2, abs=2e-4)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def adapter_gradient(engine: Engine, losses: Iterable[Callable[[], Tensor]]) -> 
     return unflatten(engine.all_reduce(flat, mean=True), shapes)
 
 
-def flatten(tensors: dict[str, Tensor]) -> Tensor:
+def flatten(tensors: Mapping[str, Tensor]) -> Tensor:
     """All numbers as one vector, in the order of the names."""
     return torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors.values()])
 

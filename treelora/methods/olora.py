@@ -18,7 +18,7 @@ from torch import Tensor
 
 from treelora.engine import Engine
 from treelora.methods.base import StepMetrics
-from treelora.methods.slices import Accumulating, cut, fresh_rows
+from treelora.methods.slices import Accumulating, fresh_rows
 from treelora.options.peers import OLoRAOptions
 
 
@@ -40,9 +40,10 @@ class OLoRA(Accumulating):
         """See `Method`."""
         if self.slices.index == 0:
             return None
+        tensors = engine.adapter_tensors()
         overlaps = [
-            (parameter[self.slices.past].detach() @ parameter[self.slices.own].T).abs().sum()
-            for name, parameter in engine.adapter_leaves().items()
+            (tensors[name][self.slices.past] @ own_a.T).abs().sum()
+            for name, own_a in engine.adapter_leaves().items()
             if ".lora_A." in name
         ]
         penalty = self.options.strength * torch.stack(overlaps).sum()
@@ -54,8 +55,7 @@ class OLoRA(Accumulating):
         if self.slices.index == 0:
             return
         tensors, by_penalty, by_loss = engine.adapter_tensors(), [], []
-        for name, gradient in engine.adapter_gradients().items():
-            own = cut(name, gradient, self.slices.own)
+        for name, own in engine.adapter_gradients().items():
             if ".lora_A." in name:
                 past_a, own_a = tensors[name][self.slices.past], tensors[name][self.slices.own]
                 by_penalty.append(self.options.strength * (own_a @ past_a.T).sign() @ past_a)

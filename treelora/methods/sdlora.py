@@ -8,19 +8,19 @@ where B_t, A_t and all magnitudes a_k are trained, the latter by an AdamW of the
 
     d loss / d a_k = <d loss / d (a_k B_k / ||B_k A_k||_F),  B_k / ||B_k A_k||_F>
 
-which tensor hooks sum up in every backward pass, so that a step costs one message of L t numbers.
+of which each worker sums up its own part, so that a step costs one message of L t numbers.
 
 Where we leave the authors: each layer has magnitudes of its own (in their code all layers share them); a_k goes on
 where the last task left it, at first at ||B_k A_k||_F, so that a task starts from the function that the last one ended
 with (they set all to a constant again); the current task's magnitude is that of B_t A_t (one factor more would be
 redundant). The variants that cut ranks or merge directions aren't here.
 
-Shapes: L layers, t past tasks, r rank of a task, A [R, in], B [out, R].
+Shapes: L layers, t past tasks, r rank of a task, P = t r, O outputs, A [R, in], B [O, R].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from treelora.engine import MOMENTS, Engine
 from treelora.methods.base import TaskContext
 from treelora.methods.slices import Accumulating, Slices, cut, fresh_rows
 from treelora.options.peers import SDLoRAOptions
+from treelora.sliced import sliced_factors
 
 
 class SDLoRA(Accumulating):
@@ -44,7 +45,7 @@ class SDLoRA(Accumulating):
         self._adam: torch.optim.AdamW | None = None
         self._moments: dict[str, Tensor] = {}
         self._directions: dict[str, Tensor] = {}
-        self._sums: dict[str, Tensor] = {}
+        self._past: dict[str, Tensor] = {}
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
@@ -63,31 +64,27 @@ class SDLoRA(Accumulating):
         for layer in layers if bank else []:
             ends = [direction(state, layer, Slices(self.rank, k)) for k, state in enumerate(bank)]
             self._directions[f"{layer}.lora_B.weight"] = torch.cat(ends, dim=1).to(engine.device)
+        factors, tensors = sliced_factors(engine.module), engine.adapter_tensors()
+        self._past = {}
+        for name in self._directions:
+            self._past[name] = factors[name].past = cut(name, tensors[name], self.slices.past).clone().requires_grad_()
         self.magnitudes_Lt = self.magnitudes_Lt.to(engine.device)
         self._adam = torch.optim.AdamW([self.magnitudes_Lt], weight_decay=0.0)
         if self._moments:
             moments = {name: self._moments[name].to(engine.device) for name in MOMENTS}
             self._adam.state[self.magnitudes_Lt] = moments | {"step": self._moments["step"].clone()}
 
-    def gradient_hook(self, name: str) -> Callable[[Tensor], Tensor]:
-        """See `Accumulating`."""
-
-        def hook(gradient: Tensor) -> Tensor:
-            if name in self._directions:
-                products_t = (cut(name, gradient, self.slices.past) * self._directions[name]).sum(0)
-                self._sums[name] = self._sums.get(name, 0) + products_t.view(-1, self.rank).sum(1)
-            return self.mask(name, gradient)
-
-        return hook
-
     def before_step(self, step: int) -> None:
         """See `Method`."""
-        self._sums = {}
+        for past_OP in self._past.values():
+            past_OP.grad = None
 
     def after_backward(self, engine: Engine) -> None:
         """See `Method`."""
         if self._directions:
-            gradient_Lt = engine.all_reduce(torch.stack([self._sums[name] for name in self._directions]), mean=True)
+            products = [(self._gradient(name) * d_OP).sum(0) for name, d_OP in self._directions.items()]
+            sums_Lt = torch.stack([products_P.view(-1, self.rank).sum(1) for products_P in products])
+            gradient_Lt = engine.all_reduce(sums_Lt, mean=True)
             # the engine's norm doesn't see these numbers, so it can't refuse a step for their sake
             self.magnitudes_Lt.grad = torch.where(gradient_Lt.isfinite(), gradient_Lt, 0)
 
@@ -97,8 +94,8 @@ class SDLoRA(Accumulating):
             self._adam.param_groups[0]["lr"] = lr * self.options.magnitude_rate
             self._adam.step()
             scales = self.magnitudes_Lt.repeat_interleave(self.rank, dim=1)
-            past = {name: scale * b for scale, (name, b) in zip(scales, self._directions.items(), strict=True)}
-            self.write(engine, past, self.slices.past)
+            for scale_P, (name, d_OP) in zip(scales, self._directions.items(), strict=True):
+                self._past[name].data.copy_(scale_P * d_OP)
 
     def end_task(self, engine: Engine) -> None:
         """See `Method`."""
@@ -107,7 +104,7 @@ class SDLoRA(Accumulating):
         reached_L = torch.stack([size(tensors, layer, self.slices) for layer in layer_names(list(tensors))])
         known_Lt = self.magnitudes_Lt.reshape(len(reached_L), -1)
         self.magnitudes_Lt = torch.cat([known_Lt, reached_L[:, None]], dim=1)
-        self._adam = None
+        self._adam, self._past = None, {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Method`."""
@@ -120,6 +117,11 @@ class SDLoRA(Accumulating):
         """See `Method`."""
         self.magnitudes_Lt = state["magnitudes"].clone()
         self._moments = {name: tensor for name, tensor in state.items() if name != "magnitudes"}
+
+    def _gradient(self, name: str) -> Tensor:
+        gradient = self._past[name].grad
+        assert gradient is not None
+        return gradient
 
 
 def size(state: Mapping[str, Tensor], layer: str, part: Slices) -> Tensor:

@@ -1,7 +1,8 @@
 """One adapter for a whole stream: rank R = N r, of which every task learns its own rank r and keeps the rest.
 
 Task n owns the rows [n r, (n + 1) r) of A and those columns of B, its slice. The slices of past tasks stay at work and
-don't change; those of tasks to come have B = 0 and do nothing. With alpha scaled as the rank is, the adapter's update
+don't change; those of tasks to come have B = 0 and do nothing. How a model holds it, and trains one slice alone, is
+`treelora.sliced`. With alpha scaled as the rank is, the adapter's update
 is the sum of the slices' updates, each with the scale alpha / r of an ordinary adapter.
 
 Shapes: N tasks, r rank of a task, R = N r, A [R, in], B [out, R].
@@ -11,13 +12,12 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from treelora.adapters import AdapterState
 from treelora.engine import Engine
@@ -25,6 +25,7 @@ from treelora.errors import ConfigError
 from treelora.methods.base import Method, TaskContext
 from treelora.options import Options
 from treelora.sketch import keyed_bits
+from treelora.sliced import show_slice, sliced_factors
 
 PURPOSE_SLICE = 10
 
@@ -64,18 +65,17 @@ def fresh_rows(name: str, shape: torch.Size, index: int, seed: int) -> Tensor:
 
 
 class Accumulating(Method):
-    """What accumulating methods share: the task's place, its start, and gradients that are zero outside of it."""
+    """What accumulating methods share: the task's place, its start, and that nothing else is trained."""
 
     accumulates = True
     freezes_a: ClassVar[bool] = False
     """Whether A is designed and not trained."""
 
     def __init__(self, options: Options | None = None, seed: int = 0, *, rank: int) -> None:
-        """With the rank of one task; the adapter's is N times that."""
+        """With the rank of one task; the adapter's is N times that, held in slices (`treelora.sliced`)."""
         super().__init__(options, seed)
         self.rank = rank
         self.slices = Slices(rank, 0)
-        self._handles: list[RemovableHandle] = []
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
@@ -92,46 +92,31 @@ class Accumulating(Method):
 
     def end_task(self, engine: Engine) -> None:
         """See `Method`."""
-        self._unhook()
+        self._close(engine)
 
     def open(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """Before the first step after a start or a resumption.
 
         Raises:
-            ConfigError: the adapter has no slice for this task, or lies in parts on several workers.
+            ConfigError: the adapter isn't held in slices of this rank, or has none for this task.
         """
-        tensors, parameters = engine.adapter_tensors(), engine.adapter_leaves()
-        ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
-        if any(rank % self.rank or rank < (task.index + 1) * self.rank for rank in ranks):
+        factors = sliced_factors(engine.module)
+        held = {(factor.size, factor.rank) for factor in factors.values()} or {(0, 0)}
+        if any(rank != self.rank or size <= task.index for size, rank in held):
+            found = ", ".join(f"{size} slices of rank {rank}" for size, rank in sorted(held))
             raise ConfigError(
                 f"method {self.name}: task {task.index + 1} ({task.name}) has no slice of rank {self.rank} in an "
-                f"adapter of rank {max(ranks)}; attach one of rank lora.rank x number of tasks"
+                f"adapter of {found}; attach one of rank lora.rank x number of tasks, in slices of lora.rank"
             )
-        for name, parameter in parameters.items():
-            if parameter.shape != tensors[name].shape:  # a penalty on it would be zero, and nobody would see it
-                raise ConfigError(
-                    f"method {self.name}: ZeRO-3 splits {name} of {tensors[name].numel()} numbers over the workers; "
-                    "use engine.zero_stage 2, or a smaller lora.rank"
-                )
+        self._close(engine)
         self.slices = Slices(self.rank, task.index)
-        self._unhook()
-        for name, parameter in parameters.items():
-            self._handles.append(parameter.register_hook(self.gradient_hook(name)))
+        tensors = engine.adapter_tensors()
+        show_slice(engine.module, task.index)
+        engine.write_leaves({name: cut(name, tensors[name], self.slices.own) for name in engine.adapter_leaves()})
 
     def start_a(self, name: str, part: Tensor) -> Tensor:
         """The task's A at its start, of the shape of `part`."""
         raise NotImplementedError
-
-    def gradient_hook(self, name: str) -> Callable[[Tensor], Tensor]:
-        """What becomes of a tensor's gradient, before any engine reduces it."""
-        return lambda gradient: self.mask(name, gradient)
-
-    def mask(self, name: str, gradient: Tensor) -> Tensor:
-        """The gradient within the own slice, zero elsewhere: AdamW then leaves the rest bit for bit."""
-        kept = torch.zeros_like(gradient)
-        if not (self.freezes_a and ".lora_A." in name):
-            cut(name, kept, self.slices.own).copy_(cut(name, gradient, self.slices.own))
-        return kept
 
     def write(self, engine: Engine, parts: Mapping[str, Tensor], where: slice) -> None:
         """Set some slices of some tensors of the adapter. Collective."""
@@ -141,7 +126,6 @@ class Accumulating(Method):
             cut(name, whole[name], where).copy_(part)
         engine.write_adapter(whole)
 
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def _close(self, engine: Engine) -> None:
+        engine.write_adapter(engine.adapter_tensors())
+        show_slice(engine.module, None)

@@ -27,8 +27,8 @@ def pull_adapter(engine: Engine, before_D: Tensor, anchor_D: Tensor, lr: float, 
     All tensors as one vector of D numbers: hundreds of small ones would cost more than the arithmetic.
 
     Args:
-        engine: Its adapter has just stepped.
-        before_D: The adapter before the step, as `flatten` gives it.
+        engine: Its adapter, or the open slice of it, has just stepped.
+        before_D: Its leaves before the step, as `flatten` gives them.
         anchor_D: The adapter whose tensors are those of each layer's arm.
         lr: Learning rate of the step; the threshold is lr x strength.
         strength: Lambda.
@@ -37,10 +37,10 @@ def pull_adapter(engine: Engine, before_D: Tensor, anchor_D: Tensor, lr: float, 
         sparsity (share of coordinates that equal the arm's), penalty_ratio (change by the pull over change by the
         loss, L1) and penalty_loss (lambda times the L1 distance left).
     """
-    tensors = engine.adapter_tensors()
-    stepped_D = flatten(tensors)
+    leaves = engine.adapter_leaves()
+    stepped_D = flatten(leaves)
     pulled_D, kept = prox(stepped_D, anchor_D, lr * strength)
-    engine.write_adapter(unflatten(pulled_D, {name: tensor.shape for name, tensor in tensors.items()}))
+    engine.write_leaves(unflatten(pulled_D, {name: leaf.shape for name, leaf in leaves.items()}))
     by_penalty, by_loss = (pulled_D - stepped_D).abs().sum(), (stepped_D - before_D).abs().sum()
     return {
         "sparsity": kept / len(pulled_D),

@@ -5,7 +5,8 @@ Shapes: L layers, K sketch numbers a layer, P probe batches, D_l numbers of a la
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from treelora.methods.extra_gradient import adapter_gradient
 from treelora.methods.treelora_pull import Losses
 from treelora.objective import answer_loss
 from treelora.options.tree import TreeLoRAOptions
-from treelora.signature import GradientProbe, Observe, adapter_value_vectors, gradient_vectors
+from treelora.signature import GradientProbe, adapter_value_vectors, gradient_vectors
 from treelora.sketch import CountSketch, normalise
 
 STEPS_A_PROBE, MOST_PROBES = 25, 4
@@ -68,21 +69,33 @@ class SignatureSource:
         """The task's signature so far: unit length per layer, zero where nothing was seen."""
         return normalise(self._sum_LK)
 
-    def measure(self, task: TaskContext, observe: Observe | None = None) -> None:
-        """Before training; `observe` as in `GradientProbe.measure`. Collective."""
+    def measure(self, task: TaskContext) -> None:
+        """Before training. Collective."""
         if self.kind != "probe_b":
             return
         wanted = self.probe_batches or min(max(1, task.steps // STEPS_A_PROBE), MOST_PROBES)
         count = min(wanted, task.steps)
-        raw = torch.stack([self._measure_batch(task, round(i * task.steps / count), observe) for i in range(count)])
-        raw = self.engine.all_reduce(raw, mean=True).cpu()
-        self._per_batch_PLK, self._sum_LK = torch.stack([normalise(batch_LK) for batch_LK in raw]), raw.sum(0)
+        self._take([self._measure_batch(task, round(i * task.steps / count)) for i in range(count)])
 
-    def _measure_batch(self, task: TaskContext, step: int, observe: Observe | None) -> Tensor:
+    def measure_rows(self, task: TaskContext) -> None:
+        """In place of `measure`, of `probe_b`: on a quarter of a global batch, from all over the task. Collective."""
+        world = self.engine.world_size
+        count = math.ceil(max(2, task.global_batch // 4) / world) * world
+        rows = [(task.index, i * task.sizes[-1] // count) for i in range(count)]
+        batch = task.fetch(rows[self.engine.rank :: world])
+        gradients = self._probe.measure(partial(answer_loss, self.engine.module, batch, 1.0))
+        self._take([self._count_sketch.sketch(gradients)])
+
+    def _take(self, batches: Sequence[Tensor]) -> None:
+        raw_PLK = self.engine.all_reduce(torch.stack(list(batches)), mean=True).cpu()
+        self._per_batch_PLK = torch.stack([normalise(batch_LK) for batch_LK in raw_PLK])
+        self._sum_LK = raw_PLK.sum(0)
+
+    def _measure_batch(self, task: TaskContext, step: int) -> Tensor:
         total = torch.zeros_like(self._sum_LK, device=self.engine.device)
         for batch in task.micro_batches(step):
             normaliser = task.normaliser(step)
-            gradients = self._probe.measure(partial(answer_loss, self.engine.module, batch, normaliser), observe)
+            gradients = self._probe.measure(partial(answer_loss, self.engine.module, batch, normaliser))
             total += self._count_sketch.sketch(gradients)
         return total
 

@@ -67,7 +67,7 @@ class TreeLoRAOptions(Options):
         None,
         ge=1,
         description="Global batches that the signature of a task is measured on; null: one for every 25 steps of the "
-        "task, from 1 to 4.",
+        "task, from 1 to 4, and with `protect` a quarter of one.",
     )
     protect: float | None = Field(
         None,
