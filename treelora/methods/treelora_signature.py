@@ -82,8 +82,8 @@ class SignatureSource:
         world = self.engine.world_size
         count = math.ceil(max(2, task.global_batch // 4) / world) * world
         rows = [(task.index, i * task.sizes[-1] // count) for i in range(count)]
-        batch = task.fetch(rows[self.engine.rank :: world])
-        gradients = self._probe.measure(partial(answer_loss, self.engine.module, batch, 1.0))
+        own = rows[self.engine.rank :: world]
+        gradients = self._probe.measure(partial(answer_loss, self.engine.module, task.fetch(own), len(own)))
         self._take([self._count_sketch.sketch(gradients)])
 
     def _take(self, batches: Sequence[Tensor]) -> None:
