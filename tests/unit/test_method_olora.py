@@ -45,6 +45,7 @@ def test_penalty_by_hand(tmp_path: Path) -> None:
     axes[3, 1] = 0.25  # then 0 and 0.5
     axes[4] = 100.0  # a task to come
     loop.engine.write_adapter({name: axes for name in state if ".lora_A." in name})
+    loop.method.resume_task(context(loop, 1), loop.engine, [])
     layers = sum(".lora_A." in name for name in state)
     assert loop.method.penalty_loss(loop.engine).item() == 0.5 * layers * 5.5
 

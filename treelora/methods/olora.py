@@ -13,12 +13,15 @@ Shapes: n r rows of past tasks, r own rows, A [R, in].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from treelora.adapters import AdapterState
 from treelora.engine import Engine
-from treelora.methods.base import StepMetrics
-from treelora.methods.slices import Accumulating, fresh_rows
+from treelora.methods.base import StepMetrics, TaskContext
+from treelora.methods.slices import Accumulating, cut, fresh_rows
 from treelora.options.peers import OLoRAOptions
 
 
@@ -30,7 +33,14 @@ class OLoRA(Accumulating):
     def __init__(self, options: OLoRAOptions | None = None, seed: int = 0, *, rank: int) -> None:
         super().__init__(options, seed, rank=rank)
         self.options = options or OLoRAOptions()
+        self._past: dict[str, Tensor] = {}
         self._last = StepMetrics()
+
+    def open(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
+        """See `Accumulating`."""
+        super().open(task, engine, bank)
+        tensors = engine.adapter_tensors().items()
+        self._past = {name: cut(name, a, self.slices.past).clone() for name, a in tensors if ".lora_A." in name}
 
     def start_a(self, name: str, part: Tensor) -> Tensor:
         """See `Accumulating`."""
@@ -40,12 +50,8 @@ class OLoRA(Accumulating):
         """See `Method`."""
         if self.slices.index == 0:
             return None
-        tensors = engine.adapter_tensors()
-        overlaps = [
-            (tensors[name][self.slices.past] @ own_a.T).abs().sum()
-            for name, own_a in engine.adapter_leaves().items()
-            if ".lora_A." in name
-        ]
+        leaves = engine.adapter_leaves()
+        overlaps = [(past_a @ leaves[name].T).abs().sum() for name, past_a in self._past.items()]
         penalty = self.options.strength * torch.stack(overlaps).sum()
         self._penalty = penalty.detach()
         return penalty
@@ -54,11 +60,11 @@ class OLoRA(Accumulating):
         """See `Method`."""
         if self.slices.index == 0:
             return
-        tensors, by_penalty, by_loss = engine.adapter_tensors(), [], []
+        leaves, by_penalty, by_loss = engine.adapter_leaves(), [], []
         for name, own in engine.adapter_gradients().items():
-            if ".lora_A." in name:
-                past_a, own_a = tensors[name][self.slices.past], tensors[name][self.slices.own]
-                by_penalty.append(self.options.strength * (own_a @ past_a.T).sign() @ past_a)
+            if name in self._past:
+                past_a = self._past[name]
+                by_penalty.append(self.options.strength * (leaves[name].detach() @ past_a.T).sign() @ past_a)
                 own = own - by_penalty[-1]
             by_loss.append(own.norm())
         pulled = torch.stack([gradient.norm() for gradient in by_penalty]).norm()

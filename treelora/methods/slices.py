@@ -1,9 +1,9 @@
 """One adapter for a whole stream: rank R = N r, of which every task learns its own rank r and keeps the rest.
 
 Task n owns the rows [n r, (n + 1) r) of A and those columns of B, its slice. The slices of past tasks stay at work and
-don't change; those of tasks to come have B = 0 and do nothing. How a model holds it, and trains one slice alone, is
-`treelora.sliced`. With alpha scaled as the rank is, the adapter's update
-is the sum of the slices' updates, each with the scale alpha / r of an ordinary adapter.
+don't change; those of tasks to come have B = 0 and do nothing. With alpha scaled as the rank is, the adapter's update
+is the sum of the slices' updates, each with the scale alpha / r of an ordinary adapter. How a model holds such an
+adapter, and trains one slice alone: `treelora.sliced`.
 
 Shapes: N tasks, r rank of a task, R = N r, A [R, in], B [out, R].
 """
@@ -127,5 +127,6 @@ class Accumulating(Method):
         engine.write_adapter(whole)
 
     def _close(self, engine: Engine) -> None:
-        engine.write_adapter(engine.adapter_tensors())
-        show_slice(engine.module, None)
+        if any(factor.index is not None for factor in sliced_factors(engine.module).values()):
+            engine.write_adapter(engine.adapter_tensors())
+            show_slice(engine.module, None)
