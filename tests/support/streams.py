@@ -93,11 +93,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_loop(config: ExperimentConfig, hooks: Any = None, make_engine: MakeEngine = TorchEngine) -> StreamLoop:
+def build_loop(config: ExperimentConfig, hooks: Any = None, make_engine: MakeEngine | None = None) -> StreamLoop:
     """A loop at the start of the stream."""
     torch.set_num_threads(1)
     tasks = list(prepare_stream(config).stream)
-    return assemble(config, tasks, Path(config.output_dir) / "tokens", hooks or Recorded(), make_engine, LocalMemory)
+    cache, engine = Path(config.output_dir) / "tokens", make_engine or TorchEngine
+    return assemble(config, tasks, cache, hooks or Recorded(), engine, LocalMemory)
 
 
 def same_adapter(one: AdapterState, other: AdapterState) -> bool:

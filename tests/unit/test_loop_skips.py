@@ -37,21 +37,17 @@ class Poisoned(TorchEngine):
         super().__init__(*args)
         self.passes = 0
 
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        super().backward(loss, last=last)
-        if self.infinite and self.passes in self.bad:
-            next(p for name, p in self.parameters.items() if "lora_B" in name).grad.fill_(math.inf)  # type: ignore
-
     def forward_model(self) -> Any:
         self.passes += 1
-        if self.infinite:
-            return self.module
         if self.passes not in self.bad:
             return self.module
 
         def broken(**batch: Any) -> Any:
             output = self.module(**batch)
-            output.logits = output.logits * math.nan
+            if self.infinite:
+                output.logits.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+            else:
+                output.logits = output.logits * math.nan
             return output
 
         return broken
@@ -95,7 +91,7 @@ def test_an_infinite_gradient_skips_its_step(variant: str, tmp_path: Path, monke
 def test_infinite_gradients_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = poisoned_loop(monkeypatch, {2, 3, 4}, tmp_path, infinite=True)
     with pytest.raises(
-        TreeLoRAError, match=r"'time-colours', step 4: loss 5.\d+, gradient norm inf; .* 3 steps in a row"
+        TreeLoRAError, match=r"'time-colours', step 4: loss 5.\d+, gradient norm (inf|nan); .* 3 steps in a row"
     ):
         loop.run()
 

@@ -47,7 +47,8 @@ def load(datasets: Any, path: str, name: str | None, options: Options) -> Any:
             table.data.validate(full=True)  # Arrow believes a damaged file's lengths, and reads beyond its end
         return loaded
     except Exception as error:  # of a damaged folder `datasets` raises whatever it stumbles over
-        raise DataError(f"{where}: can't be loaded as a Hugging Face data set ({one_line(error)})") from error
+        shown = " ".join(str(where).split())  # a name may hold any letters
+        raise DataError(f"{shown}: can't be loaded as a Hugging Face data set ({one_line(error)})") from error
 
 
 def _label_names(table: Any, answer: str) -> tuple[str, ...]:
