@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import save_file
@@ -342,6 +342,7 @@ def test_whatever_options_are_given(tmp_path_factory: pytest.TempPathFactory, so
 
     @settings(max_examples=EXAMPLES, deadline=None)
     @given(st.dictionaries(st.sampled_from([*known, "zz"]), VALUES, max_size=3))
+    @example({"config": "\r"})  # a name of more than a line
     def given_(options: dict[str, Any]) -> None:
         with within(SECONDS, lambda: f"{source} with {options}"):
             answer(importing(source, **options), root / "in")
