@@ -37,18 +37,21 @@ MAKE: dict[str, Callable[[], Method]] = {
         TreeLoRAOptions(protect=0.9, sketch_size=8), LocalMemory(MemoryConfig(layers=4, sketch_size=8)), rank=R
     ),
 }
-CASES = [(name, stage) for name in ("olora", "sdlora") for stage in range(4)]
+SPLIT = "3, split"
+"""ZeRO-3 with every tensor of the adapter in parts on both ranks, as large ones are."""
+CASES: list[tuple[str, int | str]] = [(name, stage) for name in ("olora", "sdlora") for stage in (0, 1, 2, 3, SPLIT)]
 CASES += [(name, stage) for name in ("inflora", "slao", "protected") for stage in (2, 3)]
+CASES += [(name, SPLIT) for name in ("inflora", "protected")]
 
 
-def learn(folder: str, world: int, name: str, stage: int, make_engine: Any) -> dict[str, Any]:
+def learn(folder: str, world: int, name: str, stage: int | str, make_engine: Any) -> dict[str, Any]:
     """Three tasks; two micro-batches of a row for each of two ranks, or of two rows for one."""
     torch.set_num_threads(1)
     wide = MAKE[name]().accumulates
     config = tiny_config(
         Path(folder),
         method="sequential",
-        engine={"kind": "deepspeed", "zero_stage": stage},
+        engine={"kind": "deepspeed", "zero_stage": 3 if stage == SPLIT else stage},
         cluster={"workers": world},
         train={"accumulation": 2},
         lora={"rank": N * R, "alpha": N * 8, "dropout": 0.0} if wide else {"dropout": 0.0},
@@ -71,12 +74,23 @@ def learn(folder: str, world: int, name: str, stage: int, make_engine: Any) -> d
 
 
 def on_deepspeed(rank: int, world: int, folder: str) -> dict[str, Any]:
-    from treelora_platform.engine import DeepSpeedEngine
+    from treelora_platform import engine as deepspeed_engine
+
+    usual = deepspeed_engine.deepspeed_config
+
+    def splitting(*args: Any) -> dict[str, Any]:
+        settings = usual(*args)
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 10
+        return settings
 
     def engine(module: Any, spec: Any, config: Any) -> Any:
-        return DeepSpeedEngine(module, spec, config, torch.device("cpu"))
+        return deepspeed_engine.DeepSpeedEngine(module, spec, config, torch.device("cpu"))
 
-    return {f"{name} {stage}": learn(folder, world, name, stage, engine) for name, stage in CASES}
+    found = {}
+    for name, stage in CASES:
+        deepspeed_engine.deepspeed_config = splitting if stage == SPLIT else usual
+        found[f"{name} {stage}"] = learn(folder, world, name, stage, engine)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +108,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 @pytest.mark.parametrize(("name", "stage"), CASES)
 def test_two_ranks_learn_as_one_process(
-    name: str, stage: int, ranks: list[dict[str, Any]], alone: dict[str, dict[str, Any]]
+    name: str, stage: int | str, ranks: list[dict[str, Any]], alone: dict[str, dict[str, Any]]
 ) -> None:
     one, other = (rank[f"{name} {stage}"] for rank in ranks)
     assert one["losses"] == other["losses"]
@@ -112,7 +126,7 @@ def test_two_ranks_learn_as_one_process(
 
 
 @pytest.mark.parametrize(("name", "stage"), [case for case in CASES if case[0] != "slao"])
-def test_past_slices_stay_on_every_stage(name: str, stage: int, ranks: list[dict[str, Any]]) -> None:
+def test_past_slices_stay_on_every_stage(name: str, stage: int | str, ranks: list[dict[str, Any]]) -> None:
     bank = ranks[0][f"{name} {stage}"]["bank"]
     for index in range(N):
         own = slice(index * R, (index + 1) * R)
