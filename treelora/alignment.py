@@ -49,6 +49,10 @@ class HeadAlignment:
         covariance_FF.diagonal().add_(max(RIDGE * float(covariance_FF.diagonal().mean()), 1e-12))
         self._factors[task] = torch.linalg.cholesky(covariance_FF).float()
 
+    def means(self) -> Tensor | None:
+        """Of the features of all classes learnt so far, [G, F]; None before the first."""
+        return torch.stack([mean_F for _, _, mean_F in self._gaussians]) if self._gaussians else None
+
     def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`rows` features of every Gaussian [G * rows, F], and their classes [G * rows]."""
         parts = [

@@ -101,6 +101,7 @@ class StreamLoop:
             normaliser=lambda step: unit.normaliser(step, engine.world_size),
             global_batch=unit.plan.global_batch,
             sizes=tuple(earlier.plan.n_rows for earlier in self.units[: index + 1]),
+            class_means=self.alignment.means() if self.alignment else None,
             fetch=self._fetch,
         )
         engine.module.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from treelora.evaluation.batching import evaluating
 from treelora.loop import StreamLoop
 from treelora.methods.hidelora import HiDeLoRAOptions, drawn
 from treelora.methods.hideprompt import HiDePromptOptions
+from treelora.methods.spreading import spread_loss
+from treelora.models.vision import pooled_features
+from treelora.objective import answer_loss
 
 N = 3
 ALIGN = {"align": True}
@@ -41,6 +45,54 @@ def test_the_ensemble_by_hand() -> None:
     past = [{"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, -2.0])}]
     assert drawn({"a": torch.tensor([10.0, 0.0])}, past, 0.25)["a"].tolist() == [8.0, 0.0]
     assert drawn({"a": torch.tensor([10.0, 1.0])}, past[:1], 0.1)["a"].tolist() == pytest.approx([9.1, 1.1])
+
+
+def test_the_spreading_term_by_hand() -> None:
+    mean, one, other = [1.0, 0.0], [0.5, 0.5], [0.0, 2.0]
+    points, total = [mean, one, other], 0.0
+    for v in points:
+        likeness = [math.exp(sum(a * b for a, b in zip(v, w, strict=True)) / 0.8) for w in points]
+        total -= math.log(likeness[points.index(v)] / sum(likeness))
+    found = spread_loss(torch.tensor([one, other]), torch.tensor([mean]))
+    assert found.item() == pytest.approx(total / 3, rel=1e-6)
+    alone = spread_loss(torch.tensor([one, other]), None)  # of the first task
+    assert alone.item() == pytest.approx((math.log(1 + math.exp(0.5 / 0.8)) + math.log(1 + math.exp(-3 / 0.8))) / 2)
+
+
+@pytest.mark.parametrize("method", ["hidelora", "hideprompt"])
+def test_the_loss_has_the_spreading_term(method: str, tmp_path: Path) -> None:
+    """Of what the head reads, and of the means that the alignment keeps of the first task's classes."""
+    config = prompted_config(tmp_path, method=method, vision=ALIGN, lora={"dropout": 0.0}, **{method: {"spread": 0.5}})
+    loop, found = build_loop(config), []
+    method_loss: Any = loop.method.loss
+
+    def spy(engine: Any, batch: Any, normaliser: float) -> Tensor:
+        loss: Tensor = method_loss(engine, batch, normaliser)
+        features = next(pooled_features(engine.module, [batch["pixel_values"]]))
+        plain = answer_loss(engine.module, batch, normaliser)
+        means = loop.alignment.means() if loop.alignment and loop.position.unit else None
+        expected = 0.5 * spread_loss(features, means) * len(features) / normaliser
+        found.append(((loss - plain).item(), expected.item()))
+        return loss
+
+    loop.method.loss = spy  # type: ignore[method-assign]
+    loop.run()
+    assert len(found) == len(recorded(loop).steps)
+    for (term, expected), step in zip(found, recorded(loop).steps, strict=True):
+        assert term == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert step.penalty_loss == pytest.approx(expected, rel=1e-3)
+        assert expected > 0
+    assert loop.alignment
+    means = loop.alignment.means()
+    assert means is not None
+    assert len(means) == len(loop.units) * 2  # classes
+
+
+def test_text_has_no_features_to_spread(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, method="hidelora", hidelora={"spread": 100.0}, evaluation={"modes": ["routed"]})
+    loop = build_loop(config)
+    loop.run()
+    assert all(step.penalty_loss is None and step.loss < 20 for step in recorded(loop).steps)
 
 
 @pytest.mark.parametrize("start", ["previous", "fresh"])

@@ -35,6 +35,9 @@ class TaskContext:
     """Rows of a step, over all ranks."""
     sizes: tuple[int, ...] = ()
     """Training rows of every unit of the stream up to this one."""
+    class_means: Tensor | None = field(default=None, repr=False)
+    """Features of the classes of earlier tasks as the head reads them, their means [classes, F], where the head is
+    aligned; None where it isn't, and in the first task."""
     fetch: Callable[[Sequence[tuple[int, int]]], Batch] = field(default=lambda rows: _no_rows(rows), repr=False)
     """One batch, on the engine's device, of training rows named by (unit, row); units up to this one."""
 

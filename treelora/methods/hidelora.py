@@ -9,14 +9,14 @@ The LoRA form of HiDe-Prompt takes class-incremental learning apart into three p
 - *task-adaptive prediction*: after each task the head learns all seen classes anew from Gaussians of the adapted
   features (`treelora.alignment`): vision.align, which must be on.
 
-Start and a = 0.1 are those of the authors' code (https://github.com/thu-ml/HiDe-Prompt).
+Its loss has the contrastive term of `treelora.methods.spreading`. Start, a = 0.1 and lambda = 0.001 are those of the
+authors' code (https://github.com/thu-ml/HiDe-Prompt).
 
-Left out: the regularisation that spreads the features of a batch away from each other and from old classes' means (its
-weight is 0.001 to 0.01 in the authors' scripts). Where this leaves them: the task is read off the Gaussians by Bayes'
+Where this leaves them: the task is read off the Gaussians by Bayes'
 rule, with a covariance that all share, where they train a layer on features drawn from them; `lora.target_modules` are
 the user's (theirs: keys and values).
 
-For text there is no head to align: what is left is an adapter a task and routing.
+For text there is no head to align, nor features to spread: what is left is an adapter a task and routing.
 
 Shapes: A [r, in], B [out, r].
 """
@@ -30,11 +30,12 @@ from torch import Tensor
 
 from treelora.adapters import AdapterState, fresh_tensor
 from treelora.engine import Engine, read_adapter
-from treelora.methods.base import Method, TaskContext
+from treelora.methods.base import TaskContext
+from treelora.methods.spreading import Spreading
 from treelora.options.peers import HiDeLoRAOptions
 
 
-class HiDeLoRA(Method):
+class HiDeLoRA(Spreading):
     """HiDe-LoRA."""
 
     name = "hidelora"
@@ -42,6 +43,7 @@ class HiDeLoRA(Method):
     def __init__(self, options: HiDeLoRAOptions | None = None, seed: int = 0) -> None:
         super().__init__(options, seed)
         self.options = options or HiDeLoRAOptions()
+        self.spread = self.options.spread
         self._past: list[AdapterState] = []
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
@@ -52,6 +54,7 @@ class HiDeLoRA(Method):
 
     def resume_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
+        super().resume_task(task, engine, bank)
         self._past = list(bank)
 
     def end_task(self, engine: Engine) -> None:

@@ -174,6 +174,15 @@ def class_logits(model: Callable[..., Any], batch: ImageBatch) -> tuple[Tensor, 
 
 def pooled_features(model: Any, batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """What the head reads of each batch of images: float32 [B, F], on the device."""
+    for pixels in batches:
+        with head_inputs(model) as seen:
+            model(pixel_values=pixels)
+        yield seen[0].detach().float()
+
+
+@contextmanager
+def head_inputs(model: Any) -> Iterator[list[Tensor]]:
+    """What the head reads in each pass within the context: [B, F], as the model has it."""
     seen: list[Tensor] = []
 
     def capture(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -181,10 +190,7 @@ def pooled_features(model: Any, batches: Iterable[Tensor]) -> Iterator[Tensor]:
 
     handles = [head.register_forward_pre_hook(capture) for head in _heads(model)]
     try:
-        for pixels in batches:
-            seen.clear()
-            model(pixel_values=pixels)
-            yield seen[0].detach().float()
+        yield seen
     finally:
         for handle in handles:
             handle.remove()

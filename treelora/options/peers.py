@@ -99,6 +99,9 @@ class HiDeLoRAOptions(Options):
     ensemble: float = Field(
         0.1, ge=0, lt=1, description="Share of the past adapters' mean in a task's adapter; the authors' 0.1."
     )
+    spread: float = Field(
+        0.001, ge=0, description="Lambda, the weight of the term that spreads an image's features; the authors' 0.001."
+    )
 
 
 class HiDePromptOptions(Options):
@@ -107,6 +110,7 @@ class HiDePromptOptions(Options):
     length: int = Field(20, ge=1, description="Keys and values of a prompt in each of its layers.")
     layers: Layers = Field((0, 1, 2, 3, 4), min_length=1, description="Layers with a prompt, from 0.")
     ensemble: float = Field(0.01, ge=0, lt=1, description="Share of the past prompts' mean in a task's prompt.")
+    spread: float = Field(0.1, ge=0, description="Lambda, the weight of the term that spreads an image's features.")
 
 
 class L2POptions(Options):
