@@ -60,11 +60,8 @@ class InputMoments:
         """Take in a layer's tokens, each as often as its weight says; they count from `keep` on."""
         x_Td, omega_dK = x_Td.float(), self._omegas[layer]
         if x_Td.data_ptr() != self._last[0].data_ptr() or x_Td.shape != self._last[0].shape:
-            self._last = (
-                x_Td,
-                x_Td @ omega_dK,
-                x_Td.square().sum(1),
-            )  # the input too, so that its address means itself
+            # the input is kept too, so that its address means itself
+            self._last = (x_Td, x_Td @ omega_dK, x_Td.square().sum(1))
         _, products_TK, squares_T = self._last
         weights_T = weights_T.float()
         new = self._new[self._places[layer]]

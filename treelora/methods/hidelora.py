@@ -12,9 +12,8 @@ The LoRA form of HiDe-Prompt takes class-incremental learning apart into three p
 Its loss has the contrastive term of `treelora.methods.spreading`. Start, a = 0.1 and lambda = 0.001 are those of the
 authors' code (https://github.com/thu-ml/HiDe-Prompt).
 
-Where this leaves them: the task is read off the Gaussians by Bayes'
-rule, with a covariance that all share, where they train a layer on features drawn from them; `lora.target_modules` are
-the user's (theirs: keys and values).
+Where this leaves them: the task is read off the Gaussians by Bayes' rule, with a covariance that all share, where they
+train a layer on features drawn from them; `lora.target_modules` are the user's (theirs: keys and values).
 
 For text there is no head to align, nor features to spread: what is left is an adapter a task and routing.
 
