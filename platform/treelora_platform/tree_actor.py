@@ -1,14 +1,17 @@
 """The tree actor: one `TaskMemory` for all workers of a run, and the client that rank 0 talks to it with.
 
-One call a step, asked for a step ahead: `submit` sends it, `collect` waits for the answer. The actor dies and comes
-back with its exact state (`tree_store`) while the workers go on. Ray never repeats a call (a replay of a fatal call
-would kill the actor again); the client does, because every call has a number and changes the memory once.
+One call a step, asked for a step ahead: `submit` sends it, `collect` waits for the answer. Sketches travel once
+(`sketch_transfer`). The actor dies and comes back with its exact state (`tree_store`) while the workers go on. Ray
+never repeats a call (a replay of a fatal call would kill the actor again); the client does, because every call has a
+number and changes the memory once.
 """
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +19,19 @@ import numpy as np
 import ray
 from torch import Tensor
 
+from treelora.errors import LostError
 from treelora.local_memory import pack_state, unpack_state
 from treelora.memory import MemoryConfig, Past, Selection, StepCall
 from treelora.memory_records import Groups
-from treelora_platform.actor_line import TIMEOUT_S, ActorLine, Sent
+from treelora_platform.actor_line import MAX_DEATHS, TIMEOUT_S, ActorLine, Sent
+from treelora_platform.sketch_transfer import PIECE, KnownSketches, hand_over
 from treelora_platform.tree_journal import BeginTask, Change, EndTask, Term
 from treelora_platform.tree_keeper import Key, Question, TreeKeeper
 from treelora_platform.tree_wire import pack_call
 
 FOLDER = "tree-actor"
 """In the run's folder."""
+_OPENING = "opening the memory"
 
 __all__ = ["FOLDER", "TreeClient", "TreeKeeper", "launch_tree_actor"]
 
@@ -95,7 +101,7 @@ class TreeClient:
         """See `Memory`."""
         self._task = task
         self._answer = None
-        return self._change(f"the beginning of {task!r}", BeginTask(task, horizon))
+        return self._completed(self._change(f"the beginning of {task!r}", BeginTask(task, horizon)))
 
     def submit(self, step: int, observation: np.ndarray | None) -> None:
         """See `Memory`."""
@@ -116,7 +122,7 @@ class TreeClient:
 
     def past(self) -> Past:
         """See `Memory`."""
-        return self._ask("past")
+        return self._completed(self._ask("past"))
 
     def describe(self) -> dict[str, Any]:
         """See `TaskMemory.describe`."""
@@ -124,7 +130,8 @@ class TreeClient:
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Memory`; a step that was submitted is part of it."""
-        return pack_state(self._ask("state"))
+        state: dict[str, np.ndarray | str] = self._ask("state")
+        return pack_state({**state, "sketches": self._known.of(_groups(state), self._fetch)})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `Memory`."""
@@ -133,18 +140,44 @@ class TreeClient:
     def _open(self, state: Mapping[str, np.ndarray | str] | None) -> None:
         self._term = Term(self._term.attempt, self._term.client, self._term.opening + 1)
         self._pending = self._answer = None
-        self.line.call("opening the memory", "open", self.config, state, self.run, self._term)
-        self._number = 0
+        self._known, self._number = KnownSketches(self.config), 0
+        sketches = np.asarray(state.get("sketches", ())) if state else np.zeros(0)
+        if sketches.nbytes > PIECE:
+            rest = {name: value for name, value in (state or {}).items() if name != "sketches"}
+            self._open_staged(rest, sketches)
+        else:
+            self.line.call(_OPENING, "open", self.config, state, self.run, self._term)
+        if state:
+            self._known.of(_groups(state), lambda arms: sketches[arms])
+
+    def _open_staged(self, rest: Mapping[str, np.ndarray | str], sketches: np.ndarray) -> None:
+        def send(at: int, pieces: list[bytes]) -> int:
+            came: int = self.line.call(_OPENING, "stage", self._term, sketches.shape, at, *pieces)
+            return came
+
+        for _ in range(MAX_DEATHS):  # what was staged goes down with the actor
+            if hand_over(sketches, send) and self.line.call(
+                _OPENING, "open", self.config, rest, self.run, self._term, True
+            ):
+                return
+        raise LostError(f"actor {self.line.name} died {MAX_DEATHS} times in a row during {_OPENING}")
 
     def _change(self, what: str, change: Change) -> Any:
         self._settle()
-        answer = self.line.call(what, "change", Key(self._term, self._number + 1), change)
+        answer = self.line.call(what, "change_lean", Key(self._term, self._number + 1), change)
         self._number += 1
         return answer
 
     def _ask(self, what: Question) -> Any:
         self._settle()
-        return self.line.call(f"its {what}", "ask", Key(self._term, self._number), what)
+        return self.line.call(f"its {what}", "ask_lean", Key(self._term, self._number), what)
+
+    def _completed(self, past: Past) -> Past:
+        return replace(past, sketches=self._known.of(past.groups, self._fetch))
+
+    def _fetch(self, arms: Sequence[int]) -> np.ndarray:
+        sketches: np.ndarray = self.line.call("sketches", "sketches", Key(self._term, self._number), arms)
+        return sketches
 
     def _settle(self) -> None:
         """Wait for the step that was submitted: what follows builds on it, and it may have to be sent again."""
@@ -152,3 +185,7 @@ class TreeClient:
             pending, self._pending = self._pending, None
             self._answer = self.line.wait(pending)
             self._number += 1
+
+
+def _groups(state: Mapping[str, np.ndarray | str]) -> Groups:
+    return tuple(tuple(group) for group in json.loads(str(state["memory"]))["groups"])

@@ -6,7 +6,7 @@ Plain Python; `tree_actor` launches it. It imports no more than it needs, becaus
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import numpy as np
 from treelora.errors import CheckpointError, LostError, TreeLoRAError
 from treelora.memory import MemoryConfig, Past, ProtocolError, Selection, StepCall, TaskMemory
 from treelora.memory_records import Groups
+from treelora_platform.sketch_transfer import Staging
 from treelora_platform.tree_journal import BeginTask, Change, EndTask, Term, apply, encode
 from treelora_platform.tree_store import TreeStore
 
@@ -53,8 +54,8 @@ class Life:
 class TreeKeeper:
     """The actor's class; without a folder the memory doesn't outlive the process.
 
-    `change` and `ask` are for clients on the other side of a network, whose calls may come twice, late, or from a
-    group of workers that was given up; the other methods for callers in this process.
+    Methods with a term or a key are for clients on the other side of a network, whose calls may come twice, late, or
+    from a group of workers that was given up; the other methods for callers in this process.
 
     Raises:
         LostError: the memory is gone, or serves another group of workers by now.
@@ -67,6 +68,7 @@ class TreeKeeper:
         self._term, self._number = Term(), 0
         self._store = TreeStore(Path(folder)) if folder else None
         self._broken = ""
+        self._staging: Staging | None = None
         if not self._store:
             return
         try:
@@ -86,18 +88,38 @@ class TreeKeeper:
         state: Mapping[str, np.ndarray | str] | None,
         run: str,
         term: Term | None = None,
+        staged: bool = False,
     ) -> Reply:
-        """Start empty, or from a commit: a group of workers that starts again takes the memory back with it."""
+        """Start empty, or from a commit: a group of workers that starts again takes the memory back with it.
+
+        Args:
+            staged: The state's sketches were sent ahead, to `stage`. The answer is whether all of them are there; where
+                not, nothing was opened.
+        """
         if term is not None:
             if self._served(term):
-                return Reply(self._life.life)
+                return Reply(self._life.life, True)
             self._refuse_older(term)
+            if staged:
+                assert state is not None
+                if self._staging is None or not self._staging.complete(term):
+                    return Reply(self._life.life, False)
+                state = {**state, "sketches": self._staging.array()}
         memory = TaskMemory.from_state_dict(state, run=run) if state else TaskMemory(config, run)
         term = term or Term()
         if self._store:
             self._guarded(self._store.reset, memory.state_dict(), term)
         self.memory, self._term, self._number, self._broken = memory, term, 0, ""
-        return Reply(self._life.life)
+        self._staging = None
+        return Reply(self._life.life, True)
+
+    def stage(self, term: Term, shape: tuple[int, int, int], at: int, *pieces: bytes) -> Reply:
+        """Take some bytes of the sketches of the state for an `open` that follows; answers how many have come."""
+        self._refuse_older(term)
+        if self._staging is None or self._staging.term != term:
+            self._staging = Staging(term, shape)
+        self._staging.add(at, pieces)
+        return Reply(self._life.life, self._staging.filled)
 
     def change(self, key: Key, change: Change) -> Reply:
         """Make a call that changes the memory, once: a repetition gets the answer again."""
@@ -114,6 +136,22 @@ class TreeKeeper:
         from treelora_platform import tree_wire  # it imports this module
 
         return tree_wire.pack_reply(self.change(*tree_wire.unpack_call(call)))
+
+    def change_lean(self, key: Key, change: Change) -> Reply:
+        """`change`, its answer without sketches: a client knows them, but for a few."""
+        reply = self.change(key, change)
+        return replace(reply, answer=_lean(reply.answer))
+
+    def ask_lean(self, key: Key, what: Question) -> Reply:
+        """`ask`, its answer without sketches."""
+        reply = self.ask(key, what)
+        return replace(reply, answer=_lean(reply.answer))
+
+    def sketches(self, key: Key, arms: Sequence[int]) -> Reply:
+        """Of these arms, [their number, L, K] float32, after the change `key.number`."""
+        memory = self._opened(key.term)
+        self._expect(key.number)
+        return Reply(self._life.life, memory.arms.sketches_NLK[list(arms)])
 
     def ask(self, key: Key, what: Question) -> Reply:
         """`past`, `state_dict` or `describe` of the memory, after the change `key.number`."""
@@ -198,3 +236,11 @@ class TreeKeeper:
                 f"the tree actor knows {self._number} calls, not {number}: its journal lost some that were answered; "
                 "the workers bring its memory back"
             )
+
+
+def _lean(answer: Any) -> Any:
+    if isinstance(answer, Past):
+        return replace(answer, sketches=answer.sketches[:0])
+    if isinstance(answer, dict):
+        return {name: value for name, value in answer.items() if name != "sketches"}
+    return answer

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.mortal_keeper import MortalKeeper, learn, plan_death
-from tests.support.tree_calls import unit_sketch
+from tests.support.mortal_keeper import MortalKeeper, learn, plan_death, whole
+from tests.support.tree_calls import plain, unit_sketch
 from treelora.errors import DataError, LostError
 from treelora.local_memory import LocalMemory
 from treelora.memory import MemoryConfig, ProtocolError
+from treelora_platform.sketch_transfer import hand_over
 from treelora_platform.tree_actor import FOLDER, TreeClient, launch_tree_actor
 
 CONFIG = MemoryConfig(layers=5, sketch_size=8, noise="pooled", max_arms=4)
@@ -53,6 +54,7 @@ class Site:
     def __init__(self, base: Path) -> None:
         self.name, self.folder = base.name, base / FOLDER
         self.told: list[str] = []
+        self.deaths_left = 0
         self.actor = launch_tree_actor(self.name, self.folder, MortalKeeper)
 
     def client(self, **settings: Any) -> TreeClient:
@@ -187,6 +189,48 @@ def test_a_new_group_of_workers_takes_over_from_its_commit(site: Site, uninterru
     assert {k: v.tolist() for k, v in new.state_dict().items()} == {
         k: v.tolist() for k, v in local.state_dict().items()
     }
+
+
+WIDE = MemoryConfig(layers=30, sketch_size=64)  # 7.5 KiB a task, so that a few tasks are more than one piece
+
+
+@pytest.mark.parametrize("deaths", [0, 1])
+def test_a_commit_with_many_sketches_is_handed_over(site: Site, monkeypatch: pytest.MonkeyPatch, deaths: int) -> None:
+    monkeypatch.setattr("treelora_platform.sketch_transfer.PIECES", 3)
+    local, rng = LocalMemory(WIDE, "run"), np.random.default_rng(0)
+    for number in range(40):
+        local.begin_task(f"task {number}", 2)
+        local.end_task(f"task {number}", unit_sketch(rng, WIDE), 1.0)
+    client = TreeClient(site.name, WIDE, "run", notice=site.told.append)
+
+    def then_die(sketches: np.ndarray, send: Any) -> bool:
+        done = hand_over(sketches, send)
+        if site.deaths_left:
+            site.deaths_left -= 1
+            site.strike()
+        return done
+
+    site.deaths_left = deaths
+    monkeypatch.setattr("treelora_platform.tree_actor.hand_over", then_die)
+    client.load_state_dict(local.state_dict())
+    assert len(site.told) == deaths
+    assert whole(client) == whole(local)
+    for memory in (client, local):
+        memory.begin_task("next", 9)
+        memory.submit(1, None)
+    assert plain(client.past()) == plain(local.past())
+    assert [answer.tobytes() for answer in client.collect()] == [answer.tobytes() for answer in local.collect()]
+
+
+def test_a_memory_whose_every_opening_is_lost_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = LocalMemory(WIDE, "run")
+    for number in range(10):
+        local.begin_task(f"task {number}", 2)
+        local.end_task(f"task {number}", unit_sketch(np.random.default_rng(number), WIDE), 1.0)
+    client = TreeClient(site.name, WIDE, "run")
+    monkeypatch.setattr("treelora_platform.tree_actor.hand_over", lambda sketches, send: False)
+    with pytest.raises(LostError, match=r"^actor tree-.* died 3 times in a row during opening the memory$"):
+        client.load_state_dict(local.state_dict())
 
 
 LOSSY = """

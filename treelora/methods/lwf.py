@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from treelora.adapters import AdapterState
 from treelora.engine import Engine
-from treelora.methods.base import Method, StepMetrics, TaskContext
+from treelora.methods.added_term import AddedTerm
+from treelora.methods.base import TaskContext
 from treelora.methods.episodic import dropout_off
 from treelora.objective import answer_logits
 from treelora.options.peers import LwFOptions
@@ -44,7 +45,7 @@ def distillation(new_AV: Tensor, old_AV: Tensor, temperature: float) -> Tensor:
     return F.kl_div(new_log_AV, old_log_AV, reduction="sum", log_target=True)
 
 
-class LwF(Method):
+class LwF(AddedTerm):
     """LwF: the new task's rows are answered as before, besides being learnt."""
 
     name = "lwf"
@@ -53,7 +54,6 @@ class LwF(Method):
         super().__init__(options, seed)
         self.options = options or LwFOptions()
         self.old: AdapterState | None = None
-        self._last = StepMetrics()
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
@@ -61,12 +61,8 @@ class LwF(Method):
 
     resume_task = begin_task
 
-    def before_step(self, step: int) -> None:
-        """See `Method`."""
-        self._penalty = torch.zeros(())
-
     def loss(self, engine: Engine, batch: Batch, normaliser: float) -> Tensor:
-        """See `Method`; the distillation is part of what is tracked as `loss`."""
+        """See `Method`."""
         if self.old is None:
             return super().loss(engine, batch, normaliser)
         # the old outputs first: swapping weights between a forward and its backward pass would falsify gradients
@@ -77,18 +73,4 @@ class LwF(Method):
         new_AV, old_AV = new_BWV[answers_BW], old_BWV[answers_BW]
         learnt = F.cross_entropy(new_AV.float(), labels_BW[answers_BW], reduction="sum")
         penalty = self.options.strength * distillation(new_AV, old_AV, self.options.temperature)
-        self._penalty = self._penalty.to(penalty.device) + penalty.detach() / normaliser
-        return (learnt + penalty) / normaliser
-
-    def after_backward(self, engine: Engine) -> None:
-        """See `Method`."""
-        if self.old is not None:
-            self._last = StepMetrics({"penalty_loss": engine.all_reduce(self._penalty, mean=True)})
-
-    def step_skipped(self) -> None:
-        """See `Method`."""
-        self._last = StepMetrics()
-
-    def metrics(self) -> StepMetrics:
-        """See `Method`."""
-        return self._last
+        return learnt / normaliser + self.added(penalty / normaliser)

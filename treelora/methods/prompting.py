@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from treelora.engine import Engine
-from treelora.methods.base import Method, StepMetrics
+from treelora.methods.added_term import AddedTerm
 from treelora.models.prompted import PromptSpec
 from treelora.objective import answer_loss
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from treelora.models.prompted import PromptedOutput
 
 
-class Prompting(Method):
+class Prompting(AddedTerm):
     """Trains prompts, their keys and the head."""
 
     pull: float = 0.0
@@ -33,13 +32,8 @@ class Prompting(Method):
         """The prompts for a stream of so many tasks."""
         raise NotImplementedError
 
-    def before_step(self, step: int) -> None:
-        """See `Method`."""
-        self._pulled = torch.zeros(())
-        self._last = StepMetrics()
-
     def loss(self, engine: Engine, batch: Batch, normaliser: float) -> Tensor:
-        """See `Method`; the keys' term is part of what is tracked as `loss`, and by itself as `penalty_loss`."""
+        """See `Method`."""
         given: list[PromptedOutput] = []
 
         def model(**inputs: Any) -> PromptedOutput:
@@ -49,15 +43,4 @@ class Prompting(Method):
         learnt = answer_loss(model, batch, normaliser)
         if not self.pull:
             return learnt
-        away = self.pull * (1 - given[0].similarity).sum() / normaliser
-        self._pulled = self._pulled.to(away.device) + away.detach()
-        return learnt + away
-
-    def after_backward(self, engine: Engine) -> None:
-        """See `Method`."""
-        if self.pull:
-            self._last = StepMetrics({"penalty_loss": engine.all_reduce(self._pulled, mean=True)})
-
-    def metrics(self) -> StepMetrics:
-        """See `Method`."""
-        return self._last
+        return learnt + self.added(self.pull * (1 - given[0].similarity).sum() / normaliser)

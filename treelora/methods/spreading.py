@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from treelora.adapters import AdapterState
 from treelora.engine import Engine
-from treelora.methods.base import Method, StepMetrics, TaskContext
+from treelora.methods.added_term import AddedTerm
+from treelora.methods.base import TaskContext
 from treelora.models.vision import head_inputs
 
 if TYPE_CHECKING:
@@ -32,14 +33,12 @@ if TYPE_CHECKING:
 TEMPERATURE = 0.8
 
 
-class Spreading(Method):
+class Spreading(AddedTerm):
     """Adds the term to whatever loss a method has."""
 
     spread: float = 0.0
     """Lambda."""
     _means: Tensor | None = None
-    _apart: Tensor | None = None
-    _last = StepMetrics()
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
@@ -49,32 +48,15 @@ class Spreading(Method):
         """See `Method`."""
         self._means = None if task.class_means is None else task.class_means.to(engine.device)
 
-    def before_step(self, step: int) -> None:
-        """See `Method`."""
-        super().before_step(step)
-        self._apart = None
-        self._last = StepMetrics()
-
     def loss(self, engine: Engine, batch: Batch, normaliser: float) -> Tensor:
-        """See `Method`; the term is part of what is tracked as `loss`, and by itself as `penalty_loss`."""
+        """See `Method`."""
         if not self.spread or "pixel_values" not in batch:
             return super().loss(engine, batch, normaliser)
         with head_inputs(engine.module) as seen:
             learnt = super().loss(engine, batch, normaliser)
         features_BF = seen[0].float()
-        apart = self.spread * spread_loss(features_BF, self._means) * len(features_BF) / normaliser
-        self._apart = apart.detach() if self._apart is None else self._apart + apart.detach()
-        return learnt + apart
-
-    def after_backward(self, engine: Engine) -> None:
-        """See `Method`."""
-        super().after_backward(engine)
-        if self._apart is not None:
-            self._last = StepMetrics({"penalty_loss": engine.all_reduce(self._apart, mean=True)})
-
-    def metrics(self) -> StepMetrics:
-        """See `Method`."""
-        return self._last
+        spread = self.spread * spread_loss(features_BF, self._means) * len(features_BF) / normaliser
+        return learnt + self.added(spread)
 
 
 def spread_loss(features_BF: Tensor, means_CF: Tensor | None) -> Tensor:
