@@ -20,7 +20,7 @@ from treelora_platform.tree_journal import Term
 
 PIECE = 64 * 2**10
 """Bytes of a piece; below 100 KiB Ray passes an argument, or an answer, within the message."""
-PIECES = 64
+PIECES = 16
 """Of a message; Ray holds it to 10 MiB."""
 Fetch = Callable[[Sequence[int]], np.ndarray]
 """Sketches of these arms, [their number, L, K]."""
@@ -38,11 +38,18 @@ class KnownSketches:
         """Of the arms that stand for these tasks, [N, L, K] float32, not to be written to; unknown ones are fetched."""
         if groups == self._groups:
             return self._sketches
-        places = {group: place for place, group in enumerate(self._groups)}
         sketches = np.empty((len(groups), *self.shape), dtype=np.float32)
-        known = [arm for arm, group in enumerate(groups) if group in places]
-        sketches[known] = self._sketches[[places[groups[arm]] for arm in known]]
-        unknown = [arm for arm, group in enumerate(groups) if group not in places]
+        # as a rule all arms stay where they are, and one comes after them
+        pairs = enumerate(zip(groups, self._groups, strict=False))
+        same = next((arm for arm, (new, old) in pairs if new != old), min(len(groups), len(self._groups)))
+        sketches[:same] = self._sketches[:same]
+        places = {group: place for place, group in enumerate(self._groups[same:], start=same)}
+        unknown = []
+        for arm, group in enumerate(groups[same:], start=same):
+            if group in places:
+                sketches[arm] = self._sketches[places[group]]
+            else:
+                unknown.append(arm)
         at_once = max(1, PIECE // sketches[:1].nbytes) if unknown else 1
         for at in range(0, len(unknown), at_once):
             arms = unknown[at : at + at_once]
