@@ -18,19 +18,20 @@ from treelora_platform.prepare import prepare_stream
 
 pytestmark = pytest.mark.slow  # engines are held to each other in test_engine.py
 
-METHODS = ("l2p", "dualprompt", "hideprompt")
 CASES = [("l2p", 0), ("l2p", 3), ("dualprompt", 2), ("hideprompt", 3)]
+ALONE = {"l2p": 2, "dualprompt": 2, "hideprompt": 4}
+"""Micro-batches of one process. HiDe-Prompt spreads the images of a micro-batch, so it has to have the ranks'."""
 
 
-def learn(folder: str, world: int, name: str, stage: int, make_engine: Any) -> dict[str, Any]:
-    """Three tasks; two micro-batches of a row for each of two ranks, or of two rows for one."""
+def learn(folder: str, world: int, name: str, stage: int, make_engine: Any, accumulation: int = 2) -> dict[str, Any]:
+    """Three tasks; four rows a step: two micro-batches of a row for each of two ranks, or all of them for one."""
     torch.set_num_threads(1)
     config = prompted_config(
         Path(folder),
         method=name,
         engine={"kind": "deepspeed", "zero_stage": stage},
         cluster={"workers": world},
-        train={"accumulation": 2},
+        train={"accumulation": accumulation},
         vision={"align": True},
     )
     hooks, tasks = Recorded(), list(prepare_stream(config).stream)
@@ -64,7 +65,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = str(tmp_path_factory.mktemp("alone"))
-    return {name: learn(folder, 1, name, 0, lambda module, spec, config: TorchEngine(module, spec)) for name in METHODS}
+
+    def engine(module: Any, spec: Any, config: Any) -> TorchEngine:
+        return TorchEngine(module, spec)
+
+    return {name: learn(folder, 1, name, 0, engine, accumulation) for name, accumulation in ALONE.items()}
 
 
 @pytest.mark.parametrize(("name", "stage"), CASES)
