@@ -6,9 +6,9 @@ vectors shall be more like itself than like any other:
 
     lambda * mean over v in {mu_1, .., mu_C, h_1, .., h_B} of -log(exp(v.v / tau) / sum over w of exp(v.w / tau))
 
-with tau = 0.8, of a worker's micro-batch: how a global batch is split has a part in what is learnt. Theirs are up to ten
-centroids a class, ours is the mean that the alignment of the head keeps, so that the term costs no storage. Text has no
-features that a head reads, and no such term.
+with tau = 0.8, of a worker's micro-batch: how a global batch is split has a part in what is learnt. Theirs are up to
+ten centroids a class, ours is the mean that the alignment of the head keeps, so that the term costs no storage. Text
+has no features that a head reads, and no such term.
 
 Shapes: B images of a micro-batch, C classes before, F features.
 """
