@@ -17,6 +17,7 @@ import numpy as np
 from treelora.memory import MemoryConfig
 from treelora.memory_records import Groups
 from treelora_platform.tree_journal import Term
+from treelora_platform.tree_store import State
 
 PIECE = 64 * 2**10
 """Bytes of a piece; below 100 KiB Ray passes an argument, or an answer, within the message."""
@@ -24,6 +25,11 @@ PIECES = 16
 """Of a message; Ray holds it to 10 MiB."""
 Fetch = Callable[[Sequence[int]], np.ndarray]
 """Sketches of these arms, [their number, L, K]."""
+
+
+def without_sketches(state: State) -> dict[str, np.ndarray | str]:
+    """All else of a memory's state."""
+    return {name: value for name, value in state.items() if name != "sketches"}
 
 
 class KnownSketches:

@@ -24,9 +24,10 @@ from treelora.local_memory import pack_state, unpack_state
 from treelora.memory import MemoryConfig, Past, Selection, StepCall
 from treelora.memory_records import Groups
 from treelora_platform.actor_line import MAX_DEATHS, TIMEOUT_S, ActorLine, Sent
-from treelora_platform.sketch_transfer import PIECE, KnownSketches, hand_over
+from treelora_platform.sketch_transfer import PIECE, KnownSketches, hand_over, without_sketches
 from treelora_platform.tree_journal import BeginTask, Change, EndTask, Term
 from treelora_platform.tree_keeper import Key, Question, TreeKeeper
+from treelora_platform.tree_store import State
 from treelora_platform.tree_wire import pack_call
 
 FOLDER = "tree-actor"
@@ -95,7 +96,7 @@ class TreeClient:
         self._task = ""
         self._pending: Sent | None = None
         self._answer: Selection | None = None
-        self._open(None)
+        self._open({})
 
     def begin_task(self, task: str, horizon: int) -> Past:
         """See `Memory`."""
@@ -137,20 +138,20 @@ class TreeClient:
         """See `Memory`."""
         self._open(unpack_state(state))
 
-    def _open(self, state: Mapping[str, np.ndarray | str] | None) -> None:
+    def _open(self, state: State) -> None:
+        """With the state of a commit, or with nothing."""
         self._term = Term(self._term.attempt, self._term.client, self._term.opening + 1)
         self._pending = self._answer = None
         self._known, self._number = KnownSketches(self.config), 0
-        sketches = np.asarray(state.get("sketches", ())) if state else np.zeros(0)
+        sketches = np.asarray(state.get("sketches", ()))
         if sketches.nbytes > PIECE:
-            rest = {name: value for name, value in (state or {}).items() if name != "sketches"}
-            self._open_staged(rest, sketches)
+            self._open_staged(without_sketches(state), sketches)
         else:
             self.line.call(_OPENING, "open", self.config, state, self.run, self._term)
         if state:
             self._known.of(_groups(state), lambda arms: sketches[arms])
 
-    def _open_staged(self, rest: Mapping[str, np.ndarray | str], sketches: np.ndarray) -> None:
+    def _open_staged(self, rest: State, sketches: np.ndarray) -> None:
         def send(at: int, pieces: list[bytes]) -> int:
             came: int = self.line.call(_OPENING, "stage", self._term, sketches.shape, at, *pieces)
             return came
@@ -187,5 +188,5 @@ class TreeClient:
             self._number += 1
 
 
-def _groups(state: Mapping[str, np.ndarray | str]) -> Groups:
+def _groups(state: State) -> Groups:
     return tuple(tuple(group) for group in json.loads(str(state["memory"]))["groups"])

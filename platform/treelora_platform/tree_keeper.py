@@ -16,7 +16,7 @@ import numpy as np
 from treelora.errors import CheckpointError, LostError, TreeLoRAError
 from treelora.memory import MemoryConfig, Past, ProtocolError, Selection, StepCall, TaskMemory
 from treelora.memory_records import Groups
-from treelora_platform.sketch_transfer import Staging
+from treelora_platform.sketch_transfer import Staging, without_sketches
 from treelora_platform.tree_journal import BeginTask, Change, EndTask, Term, apply, encode
 from treelora_platform.tree_store import TreeStore
 
@@ -242,5 +242,5 @@ def _lean(answer: Any) -> Any:
     if isinstance(answer, Past):
         return replace(answer, sketches=answer.sketches[:0])
     if isinstance(answer, dict):
-        return {name: value for name, value in answer.items() if name != "sketches"}
+        return without_sketches(answer)
     return answer

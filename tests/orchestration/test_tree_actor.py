@@ -54,7 +54,6 @@ class Site:
     def __init__(self, base: Path) -> None:
         self.name, self.folder = base.name, base / FOLDER
         self.told: list[str] = []
-        self.deaths_left = 0
         self.actor = launch_tree_actor(self.name, self.folder, MortalKeeper)
 
     def client(self, **settings: Any) -> TreeClient:
@@ -194,23 +193,25 @@ def test_a_new_group_of_workers_takes_over_from_its_commit(site: Site, uninterru
 WIDE = MemoryConfig(layers=30, sketch_size=64)  # 7.5 KiB a task, so that a few tasks are more than one piece
 
 
+def learnt(tasks: int) -> LocalMemory:
+    local, rng = LocalMemory(WIDE, "run"), np.random.default_rng(0)
+    for number in range(tasks):
+        local.begin_task(f"task {number}", 2)
+        local.end_task(f"task {number}", unit_sketch(rng, WIDE), 1.0)
+    return local
+
+
 @pytest.mark.parametrize("deaths", [0, 1])
 def test_a_commit_with_many_sketches_is_handed_over(site: Site, monkeypatch: pytest.MonkeyPatch, deaths: int) -> None:
     monkeypatch.setattr("treelora_platform.sketch_transfer.PIECES", 3)
-    local, rng = LocalMemory(WIDE, "run"), np.random.default_rng(0)
-    for number in range(40):
-        local.begin_task(f"task {number}", 2)
-        local.end_task(f"task {number}", unit_sketch(rng, WIDE), 1.0)
+    local, strikes = learnt(40), iter([site.strike] * deaths)
     client = TreeClient(site.name, WIDE, "run", notice=site.told.append)
 
     def then_die(sketches: np.ndarray, send: Any) -> bool:
         done = hand_over(sketches, send)
-        if site.deaths_left:
-            site.deaths_left -= 1
-            site.strike()
+        next(strikes, lambda: None)()
         return done
 
-    site.deaths_left = deaths
     monkeypatch.setattr("treelora_platform.tree_actor.hand_over", then_die)
     client.load_state_dict(local.state_dict())
     assert len(site.told) == deaths
@@ -223,11 +224,7 @@ def test_a_commit_with_many_sketches_is_handed_over(site: Site, monkeypatch: pyt
 
 
 def test_a_memory_whose_every_opening_is_lost_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    local = LocalMemory(WIDE, "run")
-    for number in range(10):
-        local.begin_task(f"task {number}", 2)
-        local.end_task(f"task {number}", unit_sketch(np.random.default_rng(number), WIDE), 1.0)
-    client = TreeClient(site.name, WIDE, "run")
+    local, client = learnt(10), TreeClient(site.name, WIDE, "run")
     monkeypatch.setattr("treelora_platform.tree_actor.hand_over", lambda sketches, send: False)
     with pytest.raises(LostError, match=r"^actor tree-.* died 3 times in a row during opening the memory$"):
         client.load_state_dict(local.state_dict())
