@@ -157,15 +157,29 @@ def mean_adapter(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float
     merged: AdapterState = {}
     for layer in layer_names(list(states[0])):
         name_a, name_b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-        rank = states[0][name_a].shape[0]
-        a_T = torch.cat([state[name_a] for state in states]).T
+        a = torch.cat([state[name_a] for state in states])
         b = torch.cat([float(p) * state[name_b] for p, state in zip(shares, states, strict=True)], dim=1)
-        (q_a, r_a), (q_b, r_b) = torch.linalg.qr(a_T), torch.linalg.qr(b)
-        u, s, v_T = torch.linalg.svd(r_b @ r_a.T)
-        root = s[:rank].sqrt()
-        merged[name_a] = (root[:, None] * (v_T[:rank] @ q_a.T)).contiguous()
-        merged[name_b] = ((q_b @ u[:, :rank]) * root).contiguous()
+        merged[name_a], merged[name_b] = _nearest(a, b, states[0][name_a].shape[0])
     return merged
+
+
+def condensed(state: Mapping[str, Tensor], rank: int) -> AdapterState:
+    """The adapter nearest to this one that is zero beyond a rank, by QR and a small SVD; of the same shapes."""
+    result: AdapterState = {}
+    for layer in layer_names(list(state)):
+        name_a, name_b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        a, b = _nearest(state[name_a], state[name_b], rank)
+        result |= {name_a: torch.zeros_like(state[name_a]), name_b: torch.zeros_like(state[name_b])}
+        result[name_a][: len(a)], result[name_b][:, : len(a)] = a, b
+    return result
+
+
+def _nearest(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of at most a rank whose product is nearest to a larger A's and B's, both of like size."""
+    (q_a, r_a), (q_b, r_b) = torch.linalg.qr(a.T), torch.linalg.qr(b)
+    u, s, v_T = torch.linalg.svd(r_b @ r_a.T)
+    root = s[:rank].sqrt()
+    return (root[:, None] * (v_T[: len(root)] @ q_a.T)).contiguous(), ((q_b @ u[:, : len(root)]) * root).contiguous()
 
 
 def grown(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> AdapterState:

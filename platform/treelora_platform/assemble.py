@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from treelora.adapters import LoraSpec, attach_lora, layer_names
+from treelora.adapters import LoraSpec, attach_lora, layer_names, layer_of
 from treelora.alignment import HeadAlignment
 from treelora.bandit import Search
 from treelora.data.task import Task
@@ -31,6 +31,7 @@ from treelora.models.causal import load_model, load_tokenizer
 from treelora.models.prompted import Prompted
 from treelora.models.spec import ModelSpec
 from treelora.models.vision import head_name, load_image_model
+from treelora.protected_spaces import direction_bytes
 from treelora.sliced import slice_adapter
 from treelora.tree import TreeKind
 from treelora_platform.config import ExperimentConfig
@@ -47,6 +48,8 @@ def load_adapted_model(config: ExperimentConfig, tasks: int, classes: int = 0) -
     """
     model, lora, kind = config.model, config.lora, method_class(config)
     times = tasks if kind.accumulates else 1
+    if kind is ProtectedTreeLoRA:
+        times = min(tasks, config.treelora.max_slices or tasks)
     spec = ModelSpec(model.name, model.dtype, model.gradient_checkpointing, model.random_weights, config.seed)
     shape = LoraSpec(times * lora.rank, times * lora.alpha, lora.dropout, lora.target_modules, lora.layers)
     if not config.images:
@@ -135,14 +138,13 @@ def loop_options(config: ExperimentConfig) -> LoopOptions:
     )
 
 
-def memory_config(config: ExperimentConfig, engine: Engine) -> MemoryConfig:
-    """The memory's settings.
+def memory_config(config: ExperimentConfig, tensors: Mapping[str, Tensor]) -> MemoryConfig:
+    """The memory's settings, for an adapter of these tensors.
 
     Raises:
         ConfigError: the budget is less than one task needs.
     """
-    options, tensors = config.treelora, engine.adapter_tensors()
-    layers = len(layer_names(list(tensors)))
+    options, layers = config.treelora, len(layer_names(list(tensors)))
     return MemoryConfig(
         layers=layers,
         sketch_size=options.sketch_size,
@@ -152,7 +154,7 @@ def memory_config(config: ExperimentConfig, engine: Engine) -> MemoryConfig:
         exploration=options.exploration,
         bound=options.bound,
         noise=options.noise,
-        max_arms=_arms_within(options, layers, tensors),
+        max_arms=_arms_within(options, layers, tensors) if options.protect is None else options.max_slices,
         seed=config.seed,
     )
 
@@ -171,6 +173,28 @@ def _arms_within(options: TreeLoRAOptions, layers: int, tensors: Mapping[str, Te
     return arms
 
 
+def _room_for_directions(options: TreeLoRAOptions, tensors: Mapping[str, Tensor], rank: int) -> int | None:
+    """The bytes that the budget leaves beside all tasks' slices and sketches.
+
+    Raises:
+        ConfigError: they aren't enough for one direction of each layer.
+    """
+    if options.budget_mib is None:
+        return None
+    factors = {layer_of(name): tensor for name, tensor in tensors.items() if ".lora_A." in name}
+    widths = {layer: tensor.shape[1] for layer, tensor in factors.items()}
+    slices = max(len(tensor) for tensor in factors.values()) // rank
+    taken = 4 * (sum(tensor.numel() for tensor in tensors.values()) + slices * len(factors) * options.sketch_size)
+    room, least = int(options.budget_mib * 2**20) - taken, sum(map(direction_bytes, widths.values()))
+    if room < least:
+        raise ConfigError(
+            f"treelora.budget_mib {options.budget_mib:g}: {slices} slices with their sketches take "
+            f"{taken / 2**20:.2f} MiB, and one protected direction a layer {least / 2**20:.2f} more; raise it, "
+            "or lower treelora.max_slices"
+        )
+    return room
+
+
 def method_class(config: ExperimentConfig) -> type[Method]:
     """What an experiment's method is implemented by."""
     if config.method == "treelora" and config.treelora.search == "official":
@@ -186,9 +210,12 @@ def make_method(config: ExperimentConfig, engine: Engine, make_memory: MakeMemor
     if kind is OfficialTreeLoRA:
         return OfficialTreeLoRA(config.treelora, config.seed)
     if config.method == "treelora":
-        memory = make_memory(memory_config(config, engine)) if engine.rank == 0 else None
+        tensors, rank = engine.adapter_tensors(), config.lora.rank
+        settings = memory_config(config, tensors)
+        room = _room_for_directions(config.treelora, tensors, rank) if kind is ProtectedTreeLoRA else None
+        memory = make_memory(settings) if engine.rank == 0 else None
         if kind is ProtectedTreeLoRA:
-            return ProtectedTreeLoRA(config.treelora, memory, config.seed, rank=config.lora.rank)
+            return ProtectedTreeLoRA(config.treelora, memory, config.seed, rank=rank, room=room)
         return TreeLoRA(config.treelora, memory, config.seed)
     if issubclass(kind, Accumulating):
         return kind(options, config.seed, rank=config.lora.rank)

@@ -87,6 +87,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tree_node pooled": {"treelora": {"start": "tree_node", "noise": "pooled"}},
     "budget": {"treelora": {"budget_mib": ONE_TASK_MIB, "start": "tree_node"}},
     "protected": {"treelora": {"protect": 0.9}},
+    "protected bounds": {"treelora": {"protect": 0.9, "max_slices": 2, "budget_mib": 0.0055}},
     "budget soft": {"treelora": {"signature": "gradient", "penalty": "soft", "budget_mib": ONE_TASK_MIB}},
     "sequential": {"method": "sequential", "evaluation": {"forward": True}},
     "joint": {"method": "joint"},

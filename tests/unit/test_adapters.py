@@ -20,6 +20,7 @@ from treelora.adapters import (
     LoraSpec,
     adapter_parameters,
     attach_lora,
+    condensed,
     fresh_tensor,
     layer_names,
     load_adapter,
@@ -65,6 +66,24 @@ def test_the_mean_is_the_best_approximation_of_its_rank(count: int, rank: int, s
         assert merged[f"{layer}.lora_B.weight"].shape == states[0][f"{layer}.lora_B.weight"].shape
         # the error is what counts: near ties between singular values the factors themselves are not unique
         assert float((mean - found).norm()) <= float((mean - best).norm()) * (1 + 1e-4) + 1e-4
+
+
+@settings(deadline=None, max_examples=40)
+@given(rank=st.integers(1, 16), kept=st.integers(1, 16), seed=st.integers(0, 2**31))
+def test_a_condensed_adapter_is_the_best_approximation_of_its_rank(rank: int, kept: int, seed: int) -> None:
+    """Also where the rank is more than the layer has inputs (10) and outputs (12)."""
+    [state] = random_states(1, rank, seed)
+    kept = min(kept, rank)
+    found = condensed(state, kept)
+    for layer in ("x.q", "x.v"):
+        whole = update(state, layer)
+        u, s, v = torch.linalg.svd(whole)
+        best = (u[:, : min(kept, 10)] * s[:kept]) @ v[: min(kept, 10)]
+        assert float((whole - update(found, layer)).norm()) <= float((whole - best).norm()) * (1 + 1e-4) + 1e-4
+        a, b = found[f"{layer}.lora_A.weight"], found[f"{layer}.lora_B.weight"]
+        assert (a.shape, b.shape) == ((rank, 10), (12, rank))
+        assert not a[kept:].any()
+        assert not b[:, kept:].any()
 
 
 def test_the_mean_of_one_or_of_equals_is_itself() -> None:

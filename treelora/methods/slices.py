@@ -102,17 +102,22 @@ class Accumulating(Method):
         """
         factors = sliced_factors(engine.module)
         held = {(factor.size, factor.rank) for factor in factors.values()} or {(0, 0)}
-        if any(rank != self.rank or size <= task.index for size, rank in held):
+        place = self.place(task.index, min(size for size, _ in held))
+        if place < 0 or any(rank != self.rank or size <= place for size, rank in held):
             found = ", ".join(f"{size} slices of rank {rank}" for size, rank in sorted(held))
             raise ConfigError(
                 f"method {self.name}: task {task.index + 1} ({task.name}) has no slice of rank {self.rank} in an "
                 f"adapter of {found}; attach one of rank lora.rank x number of tasks, in slices of lora.rank"
             )
         self._close(engine)
-        self.slices = Slices(self.rank, task.index)
+        self.slices = Slices(self.rank, place)
         tensors = engine.adapter_tensors()
-        show_slice(engine.module, task.index)
+        show_slice(engine.module, place)
         engine.write_leaves({name: cut(name, tensors[name], self.slices.own) for name in engine.adapter_leaves()})
+
+    def place(self, index: int, slots: int) -> int:
+        """Which of so many slices a task takes."""
+        return index
 
     def start_a(self, name: str, part: Tensor) -> Tensor:
         """The task's A at its start, of the shape of `part`."""

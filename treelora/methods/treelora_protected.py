@@ -3,7 +3,11 @@
 The first step (`treelora.methods.first_step`) shows what the layers read: the main directions of that, in what past
 tasks leave free, become the rows of A, which stays (as in InfLoRA, arXiv 2404.00228). B is trained, and pulled by
 `prox` towards where it started, zero. `MEASURED` of the backward passes show which directions the loss depends on
-(`treelora.input_space`); at the end those that hold the share `protect` of it are left to the task.
+(`treelora.input_space`); at the end those that hold the share `protect` of it are left to the task, as far as a budget
+has room for them (`treelora.protected_spaces`).
+
+Where there are fewer slices than tasks, all but one of them come to hold the past together: before a task that finds
+none free their update is cut to the rank that they have (`treelora.adapters.condensed`).
 
 Nothing is searched: no past task has a part in a new slice, and all arms would pull alike. Signatures and their tree
 are kept for inference and for people, for which a quarter of a batch does.
@@ -18,18 +22,20 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from treelora.adapters import AdapterState
-from treelora.engine import Engine
-from treelora.input_space import InputMoments, Spaces, Spectrum, design, protect
+from treelora.adapters import AdapterState, condensed
+from treelora.engine import Engine, read_adapter
+from treelora.input_space import InputMoments, Spectrum, design
 from treelora.methods.base import StepMetrics, TaskContext
 from treelora.methods.extra_gradient import flatten, unflatten
 from treelora.methods.first_step import FirstStep
 from treelora.methods.remembering import Memory, Remembering
-from treelora.methods.slices import Accumulating
+from treelora.methods.slices import Accumulating, cut
 from treelora.methods.treelora_pull import pull_adapter
 from treelora.methods.treelora_signature import SignatureSource
 from treelora.options.tree import TreeLoRAOptions
+from treelora.protected_spaces import ProtectedSpaces
 from treelora.signature import adapted_modules
+from treelora.sliced import sliced_factors
 from treelora.watching import Seen, watch
 
 COLUMNS = 64
@@ -46,12 +52,14 @@ class ProtectedTreeLoRA(Remembering, Accumulating):
     preparation = "measuring its signature"
     freezes_a = True
 
-    def __init__(self, options: TreeLoRAOptions, memory: Memory | None, seed: int = 0, *, rank: int) -> None:
-        """With the rank of one task."""
+    def __init__(
+        self, options: TreeLoRAOptions, memory: Memory | None, seed: int = 0, *, rank: int, room: int | None = None
+    ) -> None:
+        """With the rank of one task, and the bytes that protected directions may take (None: any number)."""
         super().__init__(options, seed, rank=rank)
         assert options.protect is not None
-        self.options, self.memory, self.share = options, memory, options.protect
-        self.spaces: Spaces = {}
+        self.options, self.memory = options, memory
+        self.spaces = ProtectedSpaces(options.protect, room)
         """What past tasks protect."""
         self.read: InputMoments
         """What the current task's loss reads, while it is learnt."""
@@ -78,11 +86,20 @@ class ProtectedTreeLoRA(Remembering, Accumulating):
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
+        slots = min((factor.size for factor in sliced_factors(engine.module).values()), default=0)
+        if 0 < slots <= task.index:
+            whole = read_adapter(engine)
+            mine = condensed(whole, (slots - 1) * self.rank) if engine.rank == 0 else {}
+            engine.write_adapter(engine.broadcast(mine))  # not every machine rounds alike
         super().begin_task(task, engine, bank)
         if self.options.probe_batches:
             self.source.measure(task)
         else:
             self.source.measure_rows(task)
+
+    def place(self, index: int, slots: int) -> int:
+        """See `Accumulating`."""
+        return min(index, slots - 1)
 
     def start_a(self, name: str, part: Tensor) -> Tensor:
         """See `Accumulating`."""
@@ -131,25 +148,31 @@ class ProtectedTreeLoRA(Remembering, Accumulating):
         sketch_LK, _ = self.source.finish(engine)
         if self.memory:
             self.memory.end_task(self.task.name, sketch_LK.numpy(), float(self.task.sizes[-1]))
-        self.spaces = self._shared(self.read, lambda layer, read: protect(read, self.spaces.get(layer), self.share))
+        self.spaces.keep(self._shared(self.read, self.spaces.grown))
         self._learning = False
+
+    def merge_bank(self, bank: list[AdapterState]) -> None:
+        """Let tasks whose slices were condensed share what the newest task has beside its own."""
+        if self.task.index > self.slices.index:
+            past = {name: tensor.clone() for name, tensor in bank[-1].items()}
+            for name, tensor in past.items():
+                cut(name, tensor, self.slices.own).zero_()
+            bank[:-1] = [past] * (len(bank) - 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Method`."""
         if self._step == 0:  # nothing was learnt since the state was loaded
             return dict(self._resumed)
-        spaces = {f"protected/{layer}": space for layer, space in self.spaces.items()}
         learning = {}
         if self._learning:
             learning["read"] = self.engine.all_reduce(self.read.sums.clone()).cpu()
             learning["designed"] = torch.tensor(self._designed)
-        return self.source.state_dict() | spaces | learning
+        return self.source.state_dict() | self.spaces.state_dict() | learning
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """See `Method`."""
         self._resumed = state
-        prefix = "protected/"
-        self.spaces = {key.removeprefix(prefix): space for key, space in state.items() if key.startswith(prefix)}
+        self.spaces.load_state_dict(state)
 
     def _saw(self, layer: int, seen: Seen) -> None:
         if self._first:
@@ -161,7 +184,7 @@ class ProtectedTreeLoRA(Remembering, Accumulating):
 
     def _design(self, first: FirstStep) -> None:
         first.inputs.keep()
-        rows = self._shared(first.inputs, lambda layer, inputs: design(inputs, self.spaces.get(layer), self.rank))
+        rows = self._shared(first.inputs, lambda layer, inputs: design(inputs, self.spaces.space(layer), self.rank))
         rows = {layer: a_rd.to(self.engine.device) for layer, a_rd in rows.items()}
         self.write(self.engine, {f"{layer}.lora_A.weight": a_rd for layer, a_rd in rows.items()}, self.slices.own)
         gradients = {f"{layer}.lora_B.weight": gradient for layer, gradient in first.gradients(rows).items()}

@@ -76,8 +76,17 @@ class TreeLoRAOptions(Options):
         description="Share of what its loss reads of a layer's inputs that a past task keeps to itself: later tasks "
         "learn beside it, in slices of their own and without a search; null: all tasks learn in one adapter.",
     )
+    max_slices: int | None = Field(
+        None,
+        ge=2,
+        description="With `protect`: most slices that the adapter has, whatever the number of tasks; beyond them the "
+        "past's are condensed to make room for the next one; null: one a task.",
+    )
     budget_mib: float | None = Field(
-        None, gt=0, description="Most that past tasks may take, in MiB; beyond it the two closest are merged."
+        None,
+        gt=0,
+        description="Most that past tasks may take, in MiB; beyond it the two closest are merged, or with `protect` "
+        "the directions given up that tasks read least.",
     )
 
     @model_validator(mode="before")
@@ -109,15 +118,17 @@ class TreeLoRAOptions(Options):
             )
         if self.protect is not None:
             self._protection_fits()
+        elif self.max_slices is not None:
+            raise ValueError(f"max_slices {self.max_slices}: only protect has slices; set max_slices to null")
         if official and (self.start != "continue" or self.budget_mib is not None):
             raise ValueError("start and budget_mib: the released code goes on from the last task and merges nothing")
         return self
 
     def _protection_fits(self) -> None:
-        fitting = {"signature": "probe_b", "start": "continue", "search": "tree_lcb", "budget_mib": None}
+        fitting = {"signature": "probe_b", "start": "continue", "search": "tree_lcb"}
         for axis, wanted in fitting.items():
             if (value := getattr(self, axis)) != wanted:
                 raise ValueError(
                     f"{axis} {value!r} doesn't go with protect, where each task has a slice of its own; set {axis} to "
-                    f"{'null' if wanted is None else wanted}, or protect to null"
+                    f"{wanted}, or protect to null"
                 )
