@@ -117,7 +117,7 @@ def eigen(sketch_dK: Tensor, omega_dK: Tensor) -> tuple[Tensor, Tensor]:
             break
         shift *= 10
     half_dK = torch.linalg.solve_triangular(root_KK, shifted_dK.T, upper=False).T
-    u_dK, values_K = _left(half_dK)
+    u_dK, values_K = left_singular(half_dK)
     return u_dK, (values_K - shift).clamp_min(0)
 
 
@@ -167,10 +167,10 @@ def _free(spectrum: Spectrum, space_dp: Tensor | None) -> tuple[Tensor, Tensor]:
     space_dp = space_dp.double()
     for _ in range(2):  # once leaves rounding of the large directions in the small ones
         scaled_dK = scaled_dK - space_dp @ (space_dp.T @ scaled_dK)
-    return _left(scaled_dK)
+    return left_singular(scaled_dK)
 
 
-def _left(half_dK: Tensor) -> tuple[Tensor, Tensor]:
+def left_singular(half_dK: Tensor) -> tuple[Tensor, Tensor]:
     """Left singular vectors and squared singular values, the largest first.
 
     By the K x K product, which is quicker than an SVD and whose rounding is far below `NEGLIGIBLE`. Vectors whose value

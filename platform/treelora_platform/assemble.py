@@ -25,6 +25,7 @@ from treelora.memory import MemoryConfig
 from treelora.methods import METHODS, Memory, Method, TreeLoRA, TreeLoRAOptions
 from treelora.methods.prompting import Prompting
 from treelora.methods.slices import Accumulating
+from treelora.methods.treelora_guarded import GuardedTreeLoRA
 from treelora.methods.treelora_official import OfficialTreeLoRA
 from treelora.methods.treelora_protected import ProtectedTreeLoRA
 from treelora.models.causal import load_model, load_tokenizer
@@ -216,6 +217,8 @@ def make_method(config: ExperimentConfig, engine: Engine, make_memory: MakeMemor
         memory = make_memory(settings) if engine.rank == 0 else None
         if kind is ProtectedTreeLoRA:
             return ProtectedTreeLoRA(config.treelora, memory, config.seed, rank=rank, room=room)
+        if config.treelora.guard is not None:
+            return GuardedTreeLoRA(config.treelora, memory, config.seed)
         return TreeLoRA(config.treelora, memory, config.seed)
     if issubclass(kind, Accumulating):
         return kind(options, config.seed, rank=config.lora.rank)

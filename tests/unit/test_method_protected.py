@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -26,14 +26,15 @@ from tests.support.streams import (
     same_adapter,
     tiny_config,
 )
+from tests.unit.test_adapters import adapted
 from tests.unit.test_method_slices import assert_only_b_learns
 from treelora.adapters import layer_of
-from treelora.engine import read_adapter
+from treelora.engine import OptimizerSpec, TorchEngine, read_adapter
 from treelora.errors import ConfigError
 from treelora.loop import StreamLoop
-from treelora.methods.treelora_protected import MEASURED, ProtectedTreeLoRA
+from treelora.methods.reading import MEASURED, Reading
+from treelora.methods.treelora_protected import ProtectedTreeLoRA
 from treelora.objective import answer_loss
-from treelora.options.tree import TreeLoRAOptions
 from treelora.signature import GradientProbe, adapted_modules
 from treelora.sketch import CountSketch, normalise
 from treelora.sliced import sliced_factors
@@ -55,12 +56,8 @@ def learn(folder: Path, **treelora: Any) -> tuple[StreamLoop, dict[str, list[Any
     loop = protected_loop(folder, treelora)
     method: Any = loop.method
     seen: dict[str, list[Any]] = {"starts": [], "spaces": [], "tokens": []}
-    begin_task, end_task, saw, after_backward = (
-        method.begin_task,
-        method.end_task,
-        method._saw,
-        method.after_backward,
-    )
+    begin_task, end_task, after_backward = method.begin_task, method.end_task, method.after_backward
+    saw: Any = Reading._saw
 
     def begun(task: Any, engine: Any, bank: Any) -> None:
         seen["tokens"].append([])
@@ -75,12 +72,13 @@ def learn(folder: Path, **treelora: Any) -> tuple[StreamLoop, dict[str, list[Any
         end_task(engine)
         seen["spaces"].append({layer: known.space for layer, known in method.spaces.layers.items()})
 
-    def recorded(layer: int, shown: Seen) -> None:
-        seen["tokens"][-1].append((method._measured, layer, shown.x.clone(), shown.g.clone()))
-        saw(layer, shown)
+    def recorded(reading: Reading, layer: int, shown: Seen) -> None:
+        seen["tokens"][-1].append((reading.measured, layer, shown.x.clone(), shown.g.clone()))
+        saw(reading, layer, shown)
 
-    method.begin_task, method.end_task, method._saw, method.after_backward = begun, ended, recorded, backward_done
-    loop.run()
+    method.begin_task, method.end_task, method.after_backward = begun, ended, backward_done
+    with patch.object(Reading, "_saw", recorded):
+        loop.run()
     return loop, seen
 
 
@@ -282,11 +280,10 @@ def test_nothing_watches_between_tasks(tmp_path: Path) -> None:
 
 def test_measured_steps_are_spread_over_a_task() -> None:
     def measured(steps: int) -> list[int]:
-        method: Any = ProtectedTreeLoRA(TreeLoRAOptions(protect=0.9), None, rank=R)
-        method.task, method._designed, found = SimpleNamespace(steps=steps), True, []
+        reading, found = Reading(TorchEngine(adapted(), OptimizerSpec()), steps, seed=0), []
         for step in range(1, steps + 1):
-            method.before_step(step)
-            found += [step] * method._measured
+            reading.before_step(step)
+            found += [step] * reading.measured
         return found
 
     assert measured(3) == [1, 2, 3]

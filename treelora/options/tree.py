@@ -67,7 +67,13 @@ class TreeLoRAOptions(Options):
         None,
         ge=1,
         description="Global batches that the signature of a task is measured on; null: one for every 25 steps of the "
-        "task, from 1 to 4, and with `protect` a quarter of one.",
+        "task, from 1 to 4, and with `guard` or `protect` a quarter of one.",
+    )
+    guard: float | None = Field(
+        None,
+        gt=0,
+        description="What it costs to change what layers give for inputs that past tasks' losses depend on; null: "
+        "nothing.",
     )
     protect: float | None = Field(
         None,
@@ -116,19 +122,22 @@ class TreeLoRAOptions(Options):
                 f"{official[0]} 'official': the released search, tree and penalty work on its own sums of values of A, "
                 "so they go together; set preset to official and leave signature, search, tree and penalty out"
             )
-        if self.protect is not None:
-            self._protection_fits()
-        elif self.max_slices is not None:
+        for name in ("protect", "guard"):
+            if getattr(self, name) is not None:
+                self._unsearched_fits(name)
+        if self.protect is not None and self.guard is not None:
+            raise ValueError(f"guard {self.guard:g} holds one adapter, protect has slices: set one of them to null")
+        if self.protect is None and self.max_slices is not None:
             raise ValueError(f"max_slices {self.max_slices}: only protect has slices; set max_slices to null")
         if official and (self.start != "continue" or self.budget_mib is not None):
             raise ValueError("start and budget_mib: the released code goes on from the last task and merges nothing")
         return self
 
-    def _protection_fits(self) -> None:
+    def _unsearched_fits(self, name: str) -> None:
         fitting = {"signature": "probe_b", "start": "continue", "search": "tree_lcb"}
         for axis, wanted in fitting.items():
             if (value := getattr(self, axis)) != wanted:
                 raise ValueError(
-                    f"{axis} {value!r} doesn't go with protect, where each task has a slice of its own; set {axis} to "
-                    f"{wanted}, or protect to null"
+                    f"{axis} {value!r} doesn't go with {name}, where nothing is searched; set {axis} to {wanted}, or "
+                    f"{name} to null"
                 )
