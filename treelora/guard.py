@@ -40,6 +40,11 @@ def take_in(half_dp: Tensor | None, spectrum: Spectrum, unit: float) -> Tensor:
     return (u_dn * values_n.sqrt())[:, :known].float().contiguous()
 
 
+def guard_bytes(width: int) -> int:
+    """The most that a layer with so many inputs keeps."""
+    return 4 * width * min(width, DIRECTIONS)
+
+
 class HeldOutputs:
     """One layer's s B* A* H, and what it costs to leave it."""
 

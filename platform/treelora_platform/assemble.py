@@ -18,6 +18,7 @@ from treelora.errors import ConfigError
 from treelora.evaluation.evaluator import Evaluator
 from treelora.evaluation.frozen_cache import FrozenCache
 from treelora.evaluation.reader import EvaluationOptions, Reader, TextReader
+from treelora.guard import guard_bytes
 from treelora.image_data import StreamClasses
 from treelora.loop import Hooks, StreamLoop
 from treelora.loop_records import LoopOptions
@@ -167,10 +168,16 @@ def _arms_within(options: TreeLoRAOptions, layers: int, tensors: Mapping[str, Te
     numbers = sum(tensor.numel() for tensor in tensors.values()) + layers * options.sketch_size
     if options.signature == "gradient" and options.penalty in ("soft", "sign", "exact"):
         numbers += sum(tensor.numel() for name, tensor in tensors.items() if ".lora_B." in name)
-    arms = int(options.budget_mib * 2**20 / (4 * numbers))
+    budget, beside, guard = options.budget_mib * 2**20, "", 0
+    if options.guard is not None:
+        guard = sum(guard_bytes(tensor.shape[1]) for name, tensor in tensors.items() if ".lora_A." in name)
+        beside = f" beside the guard's {guard / 2**20:.2f}"
+    arms = int((budget - guard) / (4 * numbers))
     if arms < 1:
         need = 4 * numbers / 2**20
-        raise ConfigError(f"treelora.budget_mib {options.budget_mib:g}: one task takes {need:.2f} MiB; raise it")
+        raise ConfigError(
+            f"treelora.budget_mib {options.budget_mib:g}: one task takes {need:.2f} MiB{beside}; raise it"
+        )
     return arms
 
 

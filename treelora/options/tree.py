@@ -12,7 +12,7 @@ MemorySearch = Literal["tree_lcb", "flat_lcb", "full", "random", "newest"]
 MemoryTree = Literal["medoid", "agglomerative", "paper"]
 Bound = Literal["smooth", "literal"]
 Noise = Literal["diameter", "pooled"]
-Preset = Literal["treelora", "paper", "official", "plus", "protected"]
+Preset = Literal["treelora", "paper", "official", "plus", "guarded", "protected"]
 Signature = Literal["probe_b", "gradient", "query", "adapter_value"]
 Penalty = Literal["prox", "none", "soft", "exact", "sign", "official"]
 Search = MemorySearch | Literal["official"]
@@ -38,6 +38,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "strength": 0.5,
     },
     "plus": {"inference": "routed"},
+    "guarded": {"guard": 3000.0, "penalty": "none"},
     "protected": {"protect": 0.99},
 }
 """What differs from the defaults; `docs/methods.md` says why."""
