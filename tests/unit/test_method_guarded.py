@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +16,7 @@ from tests.support.streams import (
     STEPS,
     TASKS,
     build_loop,
+    commits,
     execute,
     outcome,
     recorded,
@@ -163,18 +165,19 @@ def test_the_gradient_has_the_guard_s_beside_the_loss_s(micro_batches: int, tmp_
     engine.step(0.0)
     method.after_step(engine, 0.0)
     told = method.metrics().scalars
-    assert float(told["penalty_loss"]) == pytest.approx(float(price), rel=1e-3)
+    assert float(told["penalty_loss"]) == pytest.approx(float(price.detach()), rel=1e-3)
     ratio = float(flatten(by_guard).norm() / flatten(by_loss).norm())
     assert float(told["penalty_ratio"]) == pytest.approx(ratio, rel=1e-3)
 
 
 def test_old_tasks_feel_less_of_later_ones(tmp_path: Path) -> None:
     changes = []
-    for guard in (1e-20, 1e4):
-        loop, _ = learn(tmp_path / str(guard), guard=guard)
+    for guard in (1e-20, 1e3):
+        loop = build_loop(config(tmp_path / str(guard), {"guard": guard}, train={"steps": 12}))
+        loop.run()
         before, after = first_losses(loop, [loop.bank[0], loop.bank[-1]])
         changes.append(abs(after - before))
-    assert changes[1] < 0.2 * changes[0], changes
+    assert changes[1] < 0.1 * changes[0], changes
 
 
 def test_small_changes_from_what_was_found_do_not_last(tmp_path: Path) -> None:
@@ -225,10 +228,6 @@ def test_under_a_budget_tasks_share_adapters(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [{}, {"budget_mib": 0.02}])
 def test_a_run_goes_on_within_a_task(keep: dict[str, Any], tmp_path: Path) -> None:
     """From a commit in the third task's middle: the same adapters to the last bit."""
-    import shutil
-
-    from tests.support.streams import commits
-
     chosen = config(tmp_path, {"penalty": "prox"} | keep)
     whole = execute(chosen, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
