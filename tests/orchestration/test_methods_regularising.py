@@ -15,6 +15,7 @@ from tests.support.ranks import run_ranks
 from tests.support.streams import Recorded, tiny_config
 from treelora.engine import Engine, TorchEngine
 from treelora.local_memory import LocalMemory
+from treelora.memory import MemoryConfig
 from treelora.methods.agem import AGEM, AGEMOptions
 from treelora.methods.base import Method
 from treelora.methods.episodic import EpisodicMemory
@@ -25,6 +26,8 @@ from treelora.methods.ogd import OGD, OGDOptions
 from treelora.methods.replay import Replay, ReplayOptions
 from treelora.methods.sequential import Sequential
 from treelora.methods.tasl import TaSL
+from treelora.methods.treelora_guarded import GuardedTreeLoRA
+from treelora.options.tree import TreeLoRAOptions
 from treelora_platform.assemble import assemble
 from treelora_platform.prepare import prepare_stream
 
@@ -62,14 +65,18 @@ def make(name: str) -> Method:
         "replay": Replay(ReplayOptions(share=0.2, fraction=0.5, weight=0.7)),
         "lwf": LwF(LwFOptions(strength=20.0)),
         "tasl": TaSL(),
+        "guarded": GuardedTreeLoRA(
+            TreeLoRAOptions(guard=100.0, strength=0.3, sketch_size=8),
+            LocalMemory(MemoryConfig(layers=4, sketch_size=8)),
+        ),
         "sequential": Sequential(),
     }
     return methods[name]
 
 
-NAMES = ("ewc", "agem", "gem", "ogd", "replay", "lwf", "tasl")
+NAMES = ("ewc", "agem", "gem", "ogd", "replay", "lwf", "tasl", "guarded")
 CASES = [(name, 2, 1) for name in NAMES] + [
-    (name, stage, 2) for name in ("ewc", "gem", "ogd", "lwf") for stage in (0, 3)
+    (name, stage, 2) for name in ("ewc", "gem", "ogd", "lwf", "guarded") for stage in (0, 3)
 ]
 CASES += [("replay", 1, 2), ("tasl", 3, 1), ("agem", 1, 2)]
 
