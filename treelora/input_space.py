@@ -84,6 +84,11 @@ class InputMoments:
         other.sums, other._new = torch.zeros_like(self.sums), torch.zeros_like(self.sums)
         return other
 
+    def mean_trace(self, engine: Engine) -> float:
+        """The mean of the layers' traces, of all workers' tokens. Collective."""
+        traces_L = torch.stack([self.sums[place][-1] for place in self._places])
+        return float(engine.all_reduce(traces_L).mean())
+
     def spectra(self, engine: Engine) -> dict[str, Spectrum]:
         """Of all workers' tokens, for this worker's share of the layers. Collective."""
         sums = engine.all_reduce(self.sums.clone()).cpu()

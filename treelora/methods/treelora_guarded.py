@@ -41,7 +41,8 @@ class GuardedTreeLoRA(UnsearchedTreeLoRA):
         self._found: AdapterState = {}
         self._held: dict[str, HeldOutputs] = {}
         self._by_guard_D: Tensor | None = None
-        self._price: Tensor
+        self._ratio: Tensor | None = None
+        self._price = torch.zeros(())
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
@@ -59,18 +60,21 @@ class GuardedTreeLoRA(UnsearchedTreeLoRA):
         if not self._held:
             return None
         leaves = engine.adapter_leaves()
-        with torch.enable_grad():
-            pairs = factors(leaves)
-            costs = [held.cost(*pairs[layer]) for layer, held in self._held.items()]
-            price = self.strength / 2 * torch.stack(costs).sum()
-            gradients = torch.autograd.grad(price, list(leaves.values()))
-        self._price, self._by_guard_D = price.detach(), torch.cat([gradient.reshape(-1) for gradient in gradients])
-        return torch.stack([(leaf * g).sum() for leaf, g in zip(leaves.values(), gradients, strict=True)]).sum()
+        pairs = factors({name: leaf.detach() for name, leaf in leaves.items()})
+        costs: list[Tensor] = []
+        gradients: AdapterState = {}
+        for layer, held in self._held.items():
+            cost, by_a_rd, by_b_Or = held.cost(*pairs[layer])
+            costs.append(cost)
+            gradients |= {f"{layer}.lora_A.weight": by_a_rd, f"{layer}.lora_B.weight": by_b_Or}
+        self._price = self.strength / 2 * torch.stack(costs).sum()
+        self._by_guard_D = self.strength / 2 * flatten({name: gradients[name] for name in leaves})
+        weights_D = torch.cat([leaf.reshape(-1) for leaf in leaves.values()])
+        return weights_D @ self._by_guard_D
 
     def after_backward(self, engine: Engine) -> None:
         """See `Method`."""
         super().after_backward(engine)
-        self._ratio = None
         if self._by_guard_D is not None:
             by_loss_D = flatten(engine.adapter_gradients()) - self._by_guard_D
             self._ratio = self._by_guard_D.norm() / by_loss_D.norm().clamp_min(1e-30)
@@ -89,10 +93,9 @@ class GuardedTreeLoRA(UnsearchedTreeLoRA):
 
     def keep(self, seen: Reading) -> None:
         """See `UnsearchedTreeLoRA`."""
-        traces = seen.shared(lambda layer, spectrum: spectrum[2])
-        unit = sum(traces.values()) / len(traces)
+        unit = seen.moments.mean_trace(self.engine)
         self.halves = seen.shared(lambda layer, spectrum: take_in(self.halves.get(layer), spectrum, unit))
-        self._held, self._found, self._by_guard_D = {}, {}, None
+        self._held, self._found, self._by_guard_D, self._ratio = {}, {}, None, None
         self.groups = self.engine.broadcast(self.groups)
 
     def merge_bank(self, bank: list[AdapterState]) -> None:

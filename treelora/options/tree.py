@@ -38,7 +38,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "strength": 0.5,
     },
     "plus": {"inference": "routed"},
-    "guarded": {"guard": 3000.0, "penalty": "none"},
+    "guarded": {"guard": 1000.0, "penalty": "none"},
     "protected": {"protect": 0.99},
 }
 """What differs from the defaults; `docs/methods.md` says why."""
