@@ -209,6 +209,8 @@ def method_class(config: ExperimentConfig) -> type[Method]:
         return OfficialTreeLoRA
     if config.method == "treelora" and config.treelora.protect is not None:
         return ProtectedTreeLoRA
+    if config.method == "treelora" and config.treelora.guard is not None:
+        return GuardedTreeLoRA
     return METHODS[config.method]
 
 
@@ -224,7 +226,7 @@ def make_method(config: ExperimentConfig, engine: Engine, make_memory: MakeMemor
         memory = make_memory(settings) if engine.rank == 0 else None
         if kind is ProtectedTreeLoRA:
             return ProtectedTreeLoRA(config.treelora, memory, config.seed, rank=rank, room=room)
-        if config.treelora.guard is not None:
+        if kind is GuardedTreeLoRA:
             return GuardedTreeLoRA(config.treelora, memory, config.seed)
         return TreeLoRA(config.treelora, memory, config.seed)
     if issubclass(kind, Accumulating):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.support.reading import Shown, first_losses, moments, shown_tokens
 from tests.support.regularising import context, scramble
 from tests.support.streams import (
     STEPS,
@@ -23,18 +23,14 @@ from tests.support.streams import (
     same_adapter,
     tiny_config,
 )
-from treelora.adapters import AdapterState
 from treelora.engine import read_adapter
 from treelora.errors import ConfigError
 from treelora.guard import factors
 from treelora.loop import StreamLoop
 from treelora.loop_records import tensor_bytes
 from treelora.methods.extra_gradient import flatten
-from treelora.methods.reading import Reading
 from treelora.methods.treelora_guarded import GuardedTreeLoRA
-from treelora.objective import answer_loss
 from treelora.signature import adapted_modules
-from treelora.watching import Seen
 from treelora_platform.config import ExperimentConfig
 
 N, R = len(TASKS), 2
@@ -47,23 +43,10 @@ def config(folder: Path, treelora: dict[str, Any] | None = None, **changes: Any)
     return tiny_config(folder, **({"lora": {"dropout": 0.0}, "treelora": options} | changes))
 
 
-def learn(folder: Path, **treelora: Any) -> tuple[StreamLoop, list[list[tuple[int, Tensor, Tensor]]]]:
-    """A stream to its end; the tokens that were measured in each task: layer, inputs, gradients at the outputs."""
+def learn(folder: Path, **treelora: Any) -> tuple[StreamLoop, list[list[Shown]]]:
+    """A stream to its end, and what its tasks' steps showed."""
     loop = build_loop(config(folder, treelora))
-    tokens: list[list[tuple[int, Tensor, Tensor]]] = []
-    begin_task, saw = loop.method.begin_task, Reading._saw
-
-    def begun(*args: Any) -> None:
-        tokens.append([])
-        begin_task(*args)
-
-    def recorded(reading: Reading, layer: int, shown: Seen) -> None:
-        assert reading.measured  # of so few steps each is
-        tokens[-1].append((layer, shown.x.clone(), shown.g.clone()))
-        saw(reading, layer, shown)
-
-    loop.method.begin_task = begun  # type: ignore[method-assign]
-    with patch.object(Reading, "_saw", recorded):
+    with shown_tokens(loop) as tokens:
         loop.run()
     return loop, tokens
 
@@ -73,32 +56,12 @@ def method_of(loop: StreamLoop) -> GuardedTreeLoRA:
     return loop.method
 
 
-def c_of(tokens: list[list[tuple[int, Tensor, Tensor]]]) -> Tensor:
-    """C of each layer with sums written out, [L, d, d]."""
-    total = torch.zeros(4, 32, 32)
-    for task in tokens:
-        m = torch.zeros(4, 32, 32)
-        for layer, x_Sd, g_SO in task:
-            for x_d, g_O in zip(x_Sd, g_SO, strict=True):
-                m[layer] += g_O.square().sum() * torch.outer(x_d, x_d)
-        total += m / torch.stack([m_dd.trace() for m_dd in m]).mean()
-    return total
-
-
-def first_losses(loop: StreamLoop, states: list[AdapterState]) -> list[float]:
-    """The first task's training loss with each of these adapters."""
-    losses, task = [], context(loop, 0)
-    loop.engine.module.eval()
-    for state in states:
-        loop.engine.write_adapter(state)
-        with torch.no_grad():
-            losses.append(sum(float(answer_loss(loop.engine.module, b, 1.0)) for b in task.micro_batches(0)))
-    return losses
-
-
 def test_what_is_remembered_is_what_the_losses_read(tmp_path: Path) -> None:
     loop, tokens = learn(tmp_path)
-    for (name, _), c_dd in zip(adapted_modules(loop.engine.module), c_of(tokens), strict=True):
+    per_task = [moments(task) for task in tokens]
+    c_Ldd = sum(m_Ldd / torch.stack([m_dd.trace() for m_dd in m_Ldd]).mean() for m_Ldd in per_task)
+    assert isinstance(c_Ldd, Tensor)
+    for (name, _), c_dd in zip(adapted_modules(loop.engine.module), c_Ldd, strict=True):
         half = method_of(loop).halves[name]
         torch.testing.assert_close(half @ half.T, c_dd, rtol=1e-2, atol=1e-3 * float(c_dd.max()))
 

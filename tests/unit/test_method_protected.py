@@ -6,13 +6,13 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.support.reading import WIDTH, first_losses, moments, shown_tokens
 from tests.support.regularising import context, row_loss, scramble
 from tests.support.streams import (
     STEPS,
@@ -42,7 +42,6 @@ from treelora.watching import Seen, watch
 from treelora_platform.assemble import load_adapted_model
 
 N, R = len(TASKS), 2
-WIDTH = 32
 
 
 def protected_loop(folder: Path, treelora: dict[str, Any] | None = None, **changes: Any) -> StreamLoop:
@@ -56,12 +55,7 @@ def learn(folder: Path, **treelora: Any) -> tuple[StreamLoop, dict[str, list[Any
     loop = protected_loop(folder, treelora)
     method: Any = loop.method
     seen: dict[str, list[Any]] = {"starts": [], "spaces": [], "tokens": []}
-    begin_task, end_task, after_backward = method.begin_task, method.end_task, method.after_backward
-    saw: Any = Reading._saw
-
-    def begun(task: Any, engine: Any, bank: Any) -> None:
-        seen["tokens"].append([])
-        begin_task(task, engine, bank)
+    end_task, after_backward = method.end_task, method.after_backward
 
     def backward_done(engine: Any) -> None:
         after_backward(engine)
@@ -72,12 +66,8 @@ def learn(folder: Path, **treelora: Any) -> tuple[StreamLoop, dict[str, list[Any
         end_task(engine)
         seen["spaces"].append({layer: known.space for layer, known in method.spaces.layers.items()})
 
-    def recorded(reading: Reading, layer: int, shown: Seen) -> None:
-        seen["tokens"][-1].append((reading.measured, layer, shown.x.clone(), shown.g.clone()))
-        saw(reading, layer, shown)
-
-    method.begin_task, method.end_task, method.after_backward = begun, ended, backward_done
-    with patch.object(Reading, "_saw", recorded):
+    method.end_task, method.after_backward = ended, backward_done
+    with shown_tokens(loop) as seen["tokens"]:
         loop.run()
     return loop, seen
 
@@ -209,11 +199,7 @@ def test_a_is_orthogonal_to_what_is_protected(tmp_path: Path) -> None:
 def test_what_is_protected_holds_its_share_of_the_loss_s_reading(tmp_path: Path) -> None:
     _, seen = learn(tmp_path)
     for tokens, spaces in zip(seen["tokens"], seen["spaces"], strict=True):
-        m = torch.zeros(len(spaces), WIDTH, WIDTH)
-        for measured, layer, x_Sd, g_SO in tokens:
-            assert measured  # of so few steps each is
-            for x_d, g_O in zip(x_Sd, g_SO, strict=True):
-                m[layer] += g_O.square().sum() * torch.outer(x_d, x_d)
+        m = moments(tokens)  # of so few steps each is measured
         for layer, space in enumerate(spaces.values()):
             free = torch.eye(WIDTH) - space @ space.T
             assert float((free @ m[layer] @ free).trace() / m[layer].trace()) <= 0.1 + 1e-3
@@ -227,13 +213,8 @@ def test_old_tasks_hardly_feel_the_next_one(tmp_path: Path) -> None:
     changes = []
     for share in (0.999, 1e-9):
         loop, _ = learn(tmp_path / str(share), protect=share, penalty="none")
-        task, losses = context(loop, 0), []
-        loop.engine.module.eval()
-        for state in (loop.bank[0], loop.bank[-1]):
-            loop.engine.write_adapter(state)
-            with torch.no_grad():
-                losses.append(sum(float(answer_loss(loop.engine.module, b, 1.0)) for b in task.micro_batches(0)))
-        changes.append(abs(losses[1] - losses[0]))
+        before, after = first_losses(loop, [loop.bank[0], loop.bank[-1]])
+        changes.append(abs(after - before))
     assert changes[0] < 0.2 * changes[1], changes
 
 

@@ -8,7 +8,7 @@ Nothing is searched: a pull towards an arm is one away from what is held, wherev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,13 +46,14 @@ class GuardedTreeLoRA(UnsearchedTreeLoRA):
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
-        self._hold(engine, {name: tensor.clone() for name, tensor in engine.adapter_tensors().items()})
+        if self.halves:  # something has been learnt
+            self._hold(engine, {name: tensor.clone() for name, tensor in engine.adapter_tensors().items()})
         super().begin_task(task, engine, bank)
 
     def resume_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
-        found = {key.removeprefix(FOUND): tensor for key, tensor in self._resumed.items() if key.startswith(FOUND)}
-        self._hold(engine, {name: tensor.to(engine.device) for name, tensor in found.items()})
+        if self.halves:
+            self._hold(engine, {name: found.to(engine.device) for name, found in _part(self._resumed, FOUND).items()})
         super().resume_task(task, engine, bank)
 
     def penalty_loss(self, engine: Engine) -> Tensor | None:
@@ -110,11 +111,9 @@ class GuardedTreeLoRA(UnsearchedTreeLoRA):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """See `Method`."""
         super().load_state_dict(state)
-        self.halves = {key.removeprefix(HALVES): half_dp for key, half_dp in state.items() if key.startswith(HALVES)}
+        self.halves = _part(state, HALVES)
 
     def _hold(self, engine: Engine, found: AdapterState) -> None:
-        if not self.halves:  # nothing has been learnt
-            return
         layers: list[tuple[str, Any]] = adapted_modules(engine.module)
         pairs, scales = factors(found), {name: module.scaling[ADAPTER] for name, module in layers}
         self._held = {
@@ -123,3 +122,7 @@ class GuardedTreeLoRA(UnsearchedTreeLoRA):
         }
         self._found_D = flatten(found)
         self._found = {name: tensor.cpu() for name, tensor in found.items()}
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
