@@ -18,13 +18,14 @@ from treelora.models.causal import load_model, load_tokenizer
 from treelora.models.spec import ModelSpec
 from treelora.objective import answer_loss
 from treelora_platform.config import load_config
+from treelora_platform.precision import settled
 from treelora_platform.prepare import cache_folder, prepare_stream
 from treelora_platform.stream_data import text_data
 
 
 def main(config_file: str, out: str, *how: str) -> None:
     """Go through the task."""
-    config = load_config(config_file, [])
+    config = settled(load_config(config_file, []), torch.device("cpu"))
     torch.set_num_threads(round(config.cluster.cpus_per_worker))
     model = load_model(ModelSpec(config.model.name, config.model.dtype))
     lora = config.lora

@@ -23,6 +23,7 @@ from treelora.evaluation.choice import score_choices
 from treelora.models.causal import load_model, load_tokenizer
 from treelora.models.spec import ModelSpec
 from treelora_platform.config import load_config
+from treelora_platform.precision import settled
 from treelora_platform.prepare import cache_folder, prepare_stream
 from treelora_platform.stream_data import text_data
 
@@ -36,12 +37,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="of each task")
     parser.add_argument("--batch-rows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
     parser.add_argument("settings", nargs="*", help="key=value, such as stream.path=FOLDER")
     args = parser.parse_args()
-    config = load_config(f"jobs/configs/{args.recipe}.yaml", [f"stream.test_rows={args.rows}", *args.settings])
+    settings = [f"stream.test_rows={args.rows}", f"model.dtype={args.dtype}", *args.settings]
+    config = settled(load_config(f"jobs/configs/{args.recipe}.yaml", settings), torch.device("cpu"))
     tokenizer = load_tokenizer(config.model.name)
-    model = load_model(ModelSpec(config.model.name, args.dtype))
+    model = load_model(ModelSpec(config.model.name, config.model.dtype))
     tasks = list(prepare_stream(config).stream)
     _, tests = text_data(config, tasks, tokenizer, cache_folder(config) / "tokens", model)
     table = Table(title="scoring: rows a second, medians (and quartiles)", caption=footer(), caption_justify="left")

@@ -22,6 +22,7 @@ from treelora.objective import answer_loss
 from treelora.training_data import TextCollator, Unit
 from treelora_platform.assemble import load_adapted_model
 from treelora_platform.config import load_config
+from treelora_platform.precision import settled
 from treelora_platform.prepare import cache_folder, prepare_stream
 from treelora_platform.stream_data import text_data
 
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         settings = [*args.settings, f"output_dir={folder}", "engine.kind=torch", "cluster.workers=0"]
-        config = load_config(f"jobs/configs/{args.recipe}.yaml", settings)
+        config = settled(load_config(f"jobs/configs/{args.recipe}.yaml", settings), torch.device("cpu"))
         tasks = list(prepare_stream(config).stream)
         model = load_adapted_model(config, len(tasks))
         tokenizer = load_tokenizer(config.model.name)

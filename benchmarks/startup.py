@@ -121,8 +121,9 @@ def import_and_load(config: ExperimentConfig) -> float:
     code = (
         "import torch, transformers, peft, deepspeed, ray, ray.train\n"
         "from treelora.models.causal import load_model, load_tokenizer\n"
-        "from treelora.models.spec import ModelSpec\n"
-        f"load_model(ModelSpec({config.model.name!r}, {config.model.dtype!r})); load_tokenizer({config.model.name!r})\n"
+        "from treelora.models.spec import ModelSpec, fitting_dtype\n"
+        f"load_model(ModelSpec({config.model.name!r}, fitting_dtype(torch.device('cpu'))))\n"
+        f"load_tokenizer({config.model.name!r})\n"
     )
     begin = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, stdout=QUIET, stderr=QUIET)

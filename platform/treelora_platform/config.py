@@ -199,8 +199,10 @@ class ExperimentConfig(Options):
         It stays what it is when the configuration gets more fields, or the data another place. Nor does it tell when
         a default has changed: that is what a record's commit is for.
         """
-        used = self.in_use()
-        given = {k: v for k, v in self.model_dump(mode="json", exclude_defaults=True).items() if k in used}
+        used, known = self.in_use(), self
+        if self.model.dtype == "bfloat16":  # the default before `auto` came, of which records say nothing
+            known = self.model_copy(update={"model": self.model.model_copy(update={"dtype": "auto"})})
+        given = {k: v for k, v in known.model_dump(mode="json", exclude_defaults=True).items() if k in used}
         for part in (given.get("stream", {}), *given.get("extensions", ())):
             part.pop("path", None)
         return _digest(given)

@@ -103,8 +103,10 @@ class ModelConfig(Options):
         description="`smollm2` (packaged), `tiny` (random, tests), a Hugging Face id or a folder; for images also "
         "`digits-vit` (small, trained at its first use) and `timm:NAME`.",
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="Of the frozen base weights; adapters are float32."
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Of the frozen base weights; adapters are float32. `auto`: `bfloat16` where GPUs or CPUs multiply "
+        "in it, else `float32`.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."

@@ -24,6 +24,7 @@ from treelora.options.tree import Inference
 from treelora_platform.assemble import load_adapted_model
 from treelora_platform.checkpoint import Commit, newest_commit
 from treelora_platform.config import ExperimentConfig, parse_config
+from treelora_platform.precision import settled
 from treelora_platform.predict_io import answer_lines, answer_table, as_line, read_prompts
 from treelora_platform.prepare import prepare_stream
 from treelora_platform.quiet import quiet
@@ -115,7 +116,7 @@ def open_predictor(
         ConfigError: no run is there, or it can't answer as the options ask.
         CheckpointError: no task is learnt yet, or the commit is damaged.
     """
-    config = _with_options(load_run_config(run_dir), options)
+    config = settled(_with_options(load_run_config(run_dir), options), _device())
     commit, troubles = newest_commit(run_dir)
     for trouble in troubles:
         note(f"commit passed over: {trouble}")
@@ -203,4 +204,8 @@ def _engine(config: ExperimentConfig, commit: Commit) -> TorchEngine:
     keys = commit.parts["adapter"].get(f"{PROMPTS}key.weight", ())
     classes = next((len(tensor) for tensor in commit.parts.get("head", {}).values()), 0)
     model = load_adapted_model(config, max(1, ranks[0] if ranks else len(keys)), classes)
-    return TorchEngine(model, OptimizerSpec(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return TorchEngine(model, OptimizerSpec(), _device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

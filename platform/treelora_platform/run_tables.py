@@ -20,6 +20,7 @@ import yaml
 from treelora.data.parquet import opened
 from treelora.errors import DataError, one_line
 
+PRECISION_JSON = "precision.json"
 STEPS = pa.schema(
     [
         pa.field("global_step", pa.int64(), nullable=False),
@@ -184,6 +185,18 @@ def read_task_choices(run_dir: Path) -> dict[str, tuple[str, ...]]:
 def read_run_json(run_dir: Path) -> dict[str, Any]:
     """`run.json`, empty where there is none. Raises `DataError` for a file that holds something else."""
     return _mapping(run_dir / "run.json", json.loads)
+
+
+def read_begun_dtype(run_dir: Path) -> str | None:
+    """What the frozen weights of a run are kept in, from `precision.json`; None where it hasn't begun, or doesn't say.
+
+    Raises `DataError` for a file that holds something else.
+    """
+    path = run_dir / PRECISION_JSON
+    plain = _mapping(path, json.loads)
+    if plain and plain.get("dtype") not in ("float32", "bfloat16"):
+        raise DataError(f"{path}: dtype {plain.get('dtype')!r}, expected float32 or bfloat16")
+    return plain.get("dtype")
 
 
 def read_config_yaml(run_dir: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from treelora_platform.assemble import assemble, device_for
 from treelora_platform.checkpoint import remove_scratch
 from treelora_platform.config import ExperimentConfig, parse_config
 from treelora_platform.hooks import PlatformHooks
+from treelora_platform.precision import settled_together, slow_precision
 from treelora_platform.provenance import differing, versions
 from treelora_platform.recorder import Recorder
 from treelora_platform.storage.node import make_keeper, on_this_node
@@ -61,6 +62,7 @@ def _learn(
 ) -> None:
     config = parse_config(job["config"])
     _settle(config)
+    device = device_for(config)
     run_dir, tasks = Path(job["run_dir"]), [Task(**fields) for fields in job["tasks"]]
     recorder = uploader = keeper = None
     if rank == 0:
@@ -72,7 +74,7 @@ def _learn(
     # one that ends its process would end the driver
     watchdog = Watchdog(run_dir, f"rank-{rank}", config.cluster.stall_seconds if config.cluster.workers else None)
     hooks = PlatformHooks(run_dir, config.checkpoint.keep, recorder, uploader, watchdog, preempted, keeper)
-    device = device_for(config)
+    config = settled_together(config, device, run_dir, rank)
 
     def make_engine(module: nn.Module, spec: OptimizerSpec) -> Engine:
         if config.engine.kind == "torch":
@@ -87,6 +89,8 @@ def _learn(
 
     loop = assemble(config, tasks, Path(job["cache"]), hooks, make_engine, lambda made: make_memory(made, warn))
     hooks.take_up(loop)
+    if slow := slow_precision(config, device):
+        warn(slow)
     for line in differing(loop.engine.gather(versions())):
         if recorder:
             recorder.event("warning", what=line)

@@ -236,10 +236,12 @@ def test_the_lasting_digest_is_of_what_differs_from_the_defaults() -> None:
         {"lora": {"rank": 9, "alpha": 32.0}},  # the default
         {"name": "n", "output_dir": "/else", "cluster": {"max_failures": 9}},
         {"ewc": {"strength": 9.0}},  # of another method
+        {"model": {"dtype": "bfloat16"}},  # the default before `auto`
     ):
         assert parse_config(base.as_dict() | same).lasting_digest() == base.lasting_digest()
-    others = [{"lora": {"rank": 8}}, {"lora": {"rank": 9, "alpha": 31.0}}, {"seed": 1}, {"method": "joint"}]
-    assert len({base.lasting_digest(), *(parse_config(base.as_dict() | o).lasting_digest() for o in others)}) == 5
+    others: list[dict[str, Any]] = [{"lora": {"rank": 8}}, {"lora": {"rank": 9, "alpha": 31.0}}, {"seed": 1}]
+    others += [{"method": "joint"}, {"model": {"dtype": "float32"}}]
+    assert len({base.lasting_digest(), *(parse_config(base.as_dict() | o).lasting_digest() for o in others)}) == 6
     # what is kept on disk is found by it: it must not change
     assert base.lasting_digest()[:12] == "fab48f05c66a"
 

@@ -67,6 +67,15 @@ def test_a_job_is_what_the_study_and_the_variant_say(bench, study):
     assert job.label == "routed, order 2, seed 1, 4 steps, learning_rate 0.004, strength 0.5"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_runs_of_a_study_have_the_dtype_that_fits_this_machine(bench, dtype, monkeypatch):
+    monkeypatch.setattr("treelora_platform.precision.fitting_dtype", lambda device: dtype)
+    tasks, setting = ("mood-colours", "time-colours"), {"train.learning_rate": 0.004}
+    made, kept = (bench.job("treelora", tasks, 1, 1, 4, setting, asked) for asked in ({}, {"model.dtype": "bfloat16"}))
+    assert (made.config.model.dtype, kept.config.model.dtype) == (dtype, "bfloat16")
+    assert (made.config.name == kept.config.name) == (dtype == "bfloat16")
+
+
 def test_runs_are_named_by_what_they_compute(bench, study):
     def name(variant="treelora", seed=0, steps=8, rate=0.001, tasks=("mood-colours", "time-colours")):
         return bench.job(variant, tasks, 1, seed, steps, {"train.learning_rate": rate}).config.name

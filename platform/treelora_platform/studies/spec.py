@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field, JsonValue, model_validator
 
 from treelora.errors import ConfigError
@@ -19,6 +20,7 @@ from treelora.methods import METHODS
 from treelora.options import Options
 from treelora.options.tree import Inference
 from treelora_platform.config import ExperimentConfig, load_config
+from treelora_platform.precision import settled
 from treelora_platform.recipes import recipe_path
 from treelora_platform.settings_file import read_mapping, validated
 
@@ -259,6 +261,10 @@ class Bench:
             config = load_config(recipe_path(study.recipe), texts)
         except ConfigError as error:
             raise ConfigError(f"variant {variant!r}: {error}") from None
+        if (
+            not config.cluster.gpus_per_worker
+        ):  # all runs in one dtype, and what was finished in another isn't of the study
+            config = settled(config, torch.device("cpu"))
         name = f"{chosen.method}-s{seed}-{config.lasting_digest()[:12]}"
         return Job(variant, order, seed, steps, dict(setting), config.model_copy(update={"name": name}))
 
