@@ -22,12 +22,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from treelora.input_space import NEGLIGIBLE, Spectrum, left_singular
 
 DIRECTIONS = 64
 """Most that are kept of a layer."""
+Pair = tuple[Tensor, Tensor]
+"""A and B, of a layer or of several."""
 
 
 def take_in(half_dp: Tensor | None, spectrum: Spectrum, unit: float) -> Tensor:
@@ -46,21 +48,54 @@ def guard_bytes(width: int) -> int:
 
 
 class HeldOutputs:
-    """One layer's s B* A* H, and what it costs to leave it."""
+    """s B* A* H of all layers of one shape, and the way back to it after a step.
 
-    def __init__(self, half_dp: Tensor, a_rd: Tensor, b_Or: Tensor, scale: float) -> None:
-        self.half_dp, self.scale = half_dp, scale
-        self.products_Op = b_Or @ (a_rd @ half_dp)
+    Shapes: L layers.
+    """
 
-    def cost(self, a_rd: Tensor, b_Or: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """tr(D C D^T) / O, and its gradients by A and by B: autograd takes twice as long."""
-        entered_rp, unit = a_rd @ self.half_dp, self.scale**2 / len(b_Or)
-        moved_Op = torch.addmm(self.products_Op, b_Or, entered_rp, beta=-1)
-        by_a_rd = 2 * unit * (b_Or.T @ moved_Op) @ self.half_dp.T
-        return unit * moved_Op.square().sum(), by_a_rd, 2 * unit * moved_Op @ entered_rp.T
+    def __init__(self, halves: Mapping[str, Tensor], found: Mapping[str, Pair], scale: float) -> None:
+        """With H of each of the layers, not all of which need have as many columns, and their A* and B*."""
+        self.layers, self.scale = tuple(halves), scale
+        most = max(half_dp.shape[1] for half_dp in halves.values())
+        padded = [nn.functional.pad(half_dp, (0, most - half_dp.shape[1])) for half_dp in halves.values()]
+        self.half_Ldp = torch.stack(padded)
+        self.squares_Lp = self.half_Ldp.square().sum(1)
+        """Of H's columns, which are orthogonal."""
+        a_Lrd, b_LOr = self.stacked(found)
+        self.products_LOp = b_LOr @ (a_Lrd @ self.half_Ldp)
+
+    def stacked(self, pairs: Mapping[str, Pair]) -> Pair:
+        """A [L, r, d] and B [L, O, r] of the layers."""
+        a_Lrd, b_LOr = (torch.stack([pairs[layer][side] for layer in self.layers]) for side in range(2))
+        return a_Lrd, b_LOr
+
+    def near(self, a_Lrd: Tensor, b_LOr: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+        """First B, then A, each where weight / 2 x cost + 1/2 x squared distance from what is given is least.
+
+        The minima are found, not stepped towards: however strong the guard is, nothing overshoots.
+
+        Returns:
+            A, B, and the cost that is left: the sum over the layers of tr(D C D^T) / O.
+        """
+        unit = self.scale**2 / b_LOr.shape[1]
+        k = weight * unit
+        entered_Lrp = a_Lrd @ self.half_Ldp
+        # B (I + k P P^T) = B' + k T P^T with P = A H and T the products that are held
+        left_Lrr = torch.eye(a_Lrd.shape[1]).to(a_Lrd) + k * entered_Lrp @ entered_Lrp.mT
+        inverse_Lrr = torch.linalg.inv_ex(left_Lrr).inverse  # of r x r; to solve for O right sides takes longer
+        b_LOr = torch.baddbmm(b_LOr, self.products_LOp, entered_Lrp.mT, alpha=k) @ inverse_Lrr
+        # A = A' + Z H^T; in the eigenvectors of B^T B each number of Z stands alone, because H's columns are orthogonal
+        squared_Lrr, held_Lrp = b_LOr.mT @ b_LOr, b_LOr.mT @ self.products_LOp
+        values_Lr, q_Lrr = torch.linalg.eigh(squared_Lrr)
+        pull_Lrp = k * q_Lrr.mT @ (held_Lrp - squared_Lrr @ entered_Lrp)
+        z_Lrp = q_Lrr @ (pull_Lrp / (1 + k * values_Lr.clamp_min(0)[:, :, None] * self.squares_Lp[:, None]))
+        entered_Lrp = entered_Lrp + z_Lrp * self.squares_Lp[:, None]
+        moved_LOp = torch.baddbmm(self.products_LOp, b_LOr, entered_Lrp, beta=-1)
+        cost = unit * torch.linalg.vector_norm(moved_LOp) ** 2
+        return torch.baddbmm(a_Lrd, z_Lrp, self.half_Ldp.mT), b_LOr, cost
 
 
-def factors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def factors(tensors: Mapping[str, Tensor]) -> dict[str, Pair]:
     """A and B by layer."""
     return {
         name.removesuffix(".lora_A.weight"): (a_rd, tensors[name.replace("lora_A", "lora_B")])

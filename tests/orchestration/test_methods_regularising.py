@@ -66,7 +66,7 @@ def make(name: str) -> Method:
         "lwf": LwF(LwFOptions(strength=20.0)),
         "tasl": TaSL(),
         "guarded": GuardedTreeLoRA(
-            TreeLoRAOptions(guard=100.0, strength=0.3, sketch_size=8),
+            TreeLoRAOptions(guard=100.0, penalty="none", sketch_size=8),
             LocalMemory(MemoryConfig(layers=4, sketch_size=8)),
         ),
         "sequential": Sequential(),

@@ -89,7 +89,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "protected": {"treelora": {"protect": 0.9}},
     "protected bounds": {"treelora": {"protect": 0.9, "max_slices": 2, "budget_mib": 0.0055}},
     "guarded": {"treelora": {"guard": 100.0, "penalty": "none"}},
-    "guarded prox": {"treelora": {"guard": 100.0, "budget_mib": 0.02}},
+    "guarded budget": {"treelora": {"guard": 100.0, "penalty": "none", "budget_mib": 0.02}},
     "budget soft": {"treelora": {"signature": "gradient", "penalty": "soft", "budget_mib": ONE_TASK_MIB}},
     "sequential": {"method": "sequential", "evaluation": {"forward": True}},
     "joint": {"method": "joint"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.unit.test_input_space import along_axes, spectrum_of, tokens
-from treelora.guard import DIRECTIONS, HeldOutputs, factors, take_in
+from treelora.guard import DIRECTIONS, HeldOutputs, Pair, factors, take_in
 from treelora.input_space import Spectrum
 
 seeds = st.integers(0, 2**31)
@@ -62,33 +64,81 @@ def test_a_layer_that_was_not_read_costs_nothing() -> None:
     nothing: Spectrum = (torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64), 0.0)
     half = take_in(None, nothing, 0.0)
     assert half.shape == (4, 0)
-    held = HeldOutputs(half, torch.ones(2, 4), torch.ones(3, 2), 4.0)
-    assert not any(part.any() for part in held.cost(torch.zeros(2, 4), torch.zeros(3, 2)))
+    held = HeldOutputs({"x": half}, {"x": (torch.ones(2, 4), torch.ones(3, 2))}, 4.0)
+    a, b = torch.randn(1, 2, 4), torch.randn(1, 3, 2)
+    near = held.near(a, b, 1e6)
+    assert torch.equal(near[0], a)
+    assert torch.equal(near[1], b)
+    assert float(near[2]) == 0.0
     later = take_in(half, along_axes(3, 1, 0, 0), 2.0)
     torch.testing.assert_close(torch.diagonal(later @ later.T), torch.tensor([1.5, 0.5, 0, 0]))
 
 
-@settings(deadline=None, max_examples=20)
-@given(seed=seeds, rank=st.integers(1, 5), scale=st.floats(0.5, 8))
-def test_the_cost_is_the_trace_over_the_outputs(seed: int, rank: int, scale: float) -> None:
-    """tr(D C D^T) / O with every matrix written out, and its gradient."""
+def layers_of(seed: int, rank: int) -> tuple[dict[str, Tensor], dict[str, Pair], dict[str, Pair]]:
+    """Of three layers H, not of one width, the adapter that is held, and where a step has led."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((rank, 9), (7, rank)) * 2
-    a, b, a_found, b_found = (torch.randn(shape, generator=generator) for shape in shapes)
-    half = take_in(None, spectrum_of(m_of(seed, 9)), 3.0)
-    c_dd = half @ half.T
-    held = HeldOutputs(half, a_found, b_found, scale)
-    leaves = [a.clone().requires_grad_(True), b.clone().requires_grad_(True)]
-    d_Od = scale * (leaves[1] @ leaves[0] - b_found @ a_found)
-    expected = (d_Od @ c_dd @ d_Od.T).trace() / len(d_Od)
-    expected.backward()
-    for one, other in zip(held.cost(a, b), (expected.detach(), *(leaf.grad for leaf in leaves)), strict=True):
-        assert other is not None
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
-    assert float(held.cost(a_found, b_found)[0]) == pytest.approx(0.0, abs=1e-6)
-    turned = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q
-    # A and B may change where their product doesn't
-    assert float(held.cost(turned @ a_found, b_found @ turned.T)[0]) < 1e-6 * float(expected.detach())
+    halves, found, stepped = {}, {}, {}
+    for number, count in enumerate((40, 3, 12)):
+        halves[str(number)] = take_in(None, spectrum_of(m_of(seed + number, 9, count)), 3.0)
+        a, b, a_moved, b_moved = (torch.randn(shape, generator=generator) for shape in ((rank, 9), (7, rank)) * 2)
+        found[str(number)], stepped[str(number)] = (a, b), (a + 0.1 * a_moved, b + 0.1 * b_moved)
+    return halves, found, stepped
+
+
+def cost_of(half: Tensor, was: Pair, pair: Pair, scale: float) -> Tensor:
+    """tr(D C D^T) / O with every matrix written out."""
+    d_Od = scale * (pair[1] @ pair[0] - was[1] @ was[0]).double()
+    return (d_Od @ half.double() @ half.double().T @ d_Od.T).trace() / len(d_Od)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds, rank=st.integers(1, 5), scale=st.floats(0.5, 8), weight=st.floats(1e-3, 1e2))
+def test_the_way_back_ends_where_nothing_pulls(seed: int, rank: int, scale: float, weight: float) -> None:
+    """At the minimum of price and distance their gradients cancel out: by B at the A that is given, then by A."""
+    halves, found, stepped = layers_of(seed, rank)
+    for layer, half in halves.items():  # the columns orthogonal to the last digit
+        u, sizes, _ = torch.linalg.svd(half.double(), full_matrices=False)
+        halves[layer] = u * sizes
+    found, stepped = ({layer: (a.double(), b.double()) for layer, (a, b) in p.items()} for p in (found, stepped))
+    held = HeldOutputs(halves, found, scale)
+    a_Lrd, b_LOr, cost = held.near(*held.stacked(stepped), weight)
+    total = 0.0
+    for layer, a, b in zip(held.layers, a_Lrd, b_LOr, strict=True):
+        a_was, b_was = stepped[layer]
+        for side, at in enumerate(((a, b), (a_was, b))):
+            leaves = [part.clone().requires_grad_(True) for part in at]
+            price = weight / 2 * cost_of(halves[layer], found[layer], (leaves[0], leaves[1]), scale)
+            (by_price,) = torch.autograd.grad(price, leaves[side])
+            by_distance = leaves[side].detach() - (a_was, b_was)[side]
+            torch.testing.assert_close(by_price, -by_distance, rtol=0.0, atol=1e-8 * float(by_distance.abs().max()))
+        total += float(cost_of(halves[layer], found[layer], (a, b), scale))
+    assert float(cost) == pytest.approx(total, rel=1e-9)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds, rank=st.integers(1, 5))
+def test_a_stronger_guard_leaves_a_lower_cost(seed: int, rank: int) -> None:
+    """From the step's own down to none, where the directions that are held fit the rank; never above."""
+    halves, found, stepped = layers_of(seed, rank)
+    held = HeldOutputs(halves, found, 2.0)
+    before = sum(float(cost_of(halves[layer], found[layer], stepped[layer], 2.0)) for layer in halves)
+    costs = [float(held.near(*held.stacked(stepped), weight)[2]) for weight in (0.0, 1e-2, 1.0, 1e2, 1e4)]
+    assert costs[0] == pytest.approx(before, rel=1e-4)
+    assert all(later <= earlier * (1 + 1e-4) + 1e-6 for earlier, later in pairwise(costs))
+    assert costs[-1] < 1e-2 * before
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds, rank=st.integers(1, 5))
+def test_what_does_not_change_the_product_is_left_alone(seed: int, rank: int) -> None:
+    """A and B may turn together, however strong the guard is."""
+    halves, found, _ = layers_of(seed, rank)
+    held = HeldOutputs(halves, found, 2.0)
+    turn = torch.linalg.qr(torch.randn(rank, rank, generator=torch.Generator().manual_seed(seed))).Q
+    a_Lrd, b_LOr = held.stacked({layer: (turn @ a, b @ turn.T) for layer, (a, b) in found.items()})
+    near = held.near(a_Lrd, b_LOr, 10.0)
+    for one, other in zip(near, (a_Lrd, b_LOr), strict=False):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
 def test_factors_by_layer() -> None:

@@ -1,13 +1,16 @@
 """`treelora` with `guard`: one adapter for all tasks, and a price on what past tasks' losses would feel of a change.
 
-The price is a quadratic penalty (`treelora.guard`) that holds the adapter as the task found it; what past tasks are
-held by is measured in steps that they are learnt in, so that a guarded task takes no pass more than another.
+The price is a quadratic penalty (`treelora.guard`) that holds the adapter as the task found it. After each step of the
+optimizer the adapter is brought back as far as the price asks, as AdamW does with decay: in the gradient a strong price
+would be a part of what AdamW divides by. What past tasks are held by is measured in steps that they are learnt in, so
+that a guarded task takes no pass more than another.
 
 Nothing is searched: a pull towards an arm is one away from what is held, wherever the arm isn't the newest task.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +25,7 @@ from treelora.methods.extra_gradient import flatten
 from treelora.methods.reading import Reading
 from treelora.methods.remembering import Memory
 from treelora.methods.treelora import share
+from treelora.methods.treelora_pull import Scalars
 from treelora.methods.treelora_unsearched import UnsearchedTreeLoRA
 from treelora.options.tree import TreeLoRAOptions
 from treelora.signature import adapted_modules
@@ -39,10 +43,7 @@ class GuardedTreeLoRA(UnsearchedTreeLoRA):
         self.halves: dict[str, Tensor] = {}
         """H of each layer, by the tasks so far."""
         self._found: AdapterState = {}
-        self._held: dict[str, HeldOutputs] = {}
-        self._by_guard_D: Tensor | None = None
-        self._ratio: Tensor | None = None
-        self._price = torch.zeros(())
+        self._held: list[HeldOutputs] = []
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
@@ -56,47 +57,22 @@ class GuardedTreeLoRA(UnsearchedTreeLoRA):
             self._hold(engine, {name: found.to(engine.device) for name, found in _part(self._resumed, FOUND).items()})
         super().resume_task(task, engine, bank)
 
-    def penalty_loss(self, engine: Engine) -> Tensor | None:
-        """Linear in the weights, with the penalty's gradient, which is thereby known by itself."""
-        if not self._held:
-            return None
-        leaves = engine.adapter_leaves()
-        pairs = factors({name: leaf.detach() for name, leaf in leaves.items()})
-        costs: list[Tensor] = []
-        gradients: AdapterState = {}
-        for layer, held in self._held.items():
-            cost, by_a_rd, by_b_Or = held.cost(*pairs[layer])
-            costs.append(cost)
-            gradients |= {f"{layer}.lora_A.weight": by_a_rd, f"{layer}.lora_B.weight": by_b_Or}
-        self._price = self.strength / 2 * torch.stack(costs).sum()
-        self._by_guard_D = self.strength / 2 * flatten({name: gradients[name] for name in leaves})
-        weights_D = torch.cat([leaf.reshape(-1) for leaf in leaves.values()])
-        return weights_D @ self._by_guard_D
-
     def after_backward(self, engine: Engine) -> None:
         """See `Method`."""
-        super().after_backward(engine)
-        if self._by_guard_D is not None:
-            by_loss_D = flatten(engine.adapter_gradients()) - self._by_guard_D
-            self._ratio = self._by_guard_D.norm() / by_loss_D.norm().clamp_min(1e-30)
+        if self._held:
+            self._before_D = flatten(engine.adapter_leaves())
 
     def after_step(self, engine: Engine, lr: float) -> None:
         """See `Method`."""
         super().after_step(engine, lr)
-        if self._ratio is not None:
-            pulled = self._last.scalars
-            left = pulled.get("penalty_loss", 0.0)
-            self._last = StepMetrics(pulled | {"penalty_ratio": self._ratio, "penalty_loss": left + self._price})
-
-    def start(self) -> Tensor | None:
-        """The adapter as the task found it; None in the first task."""
-        return self._found_D if self._held else None
+        if self._held:
+            self._last = StepMetrics(self._guard(engine, lr))
 
     def keep(self, seen: Reading) -> None:
         """See `UnsearchedTreeLoRA`."""
         unit = seen.moments.mean_trace(self.engine)
         self.halves = seen.shared(lambda layer, spectrum: take_in(self.halves.get(layer), spectrum, unit))
-        self._held, self._found, self._by_guard_D, self._ratio = {}, {}, None, None
+        self._held, self._found = [], {}
         self.groups = self.engine.broadcast(self.groups)
 
     def merge_bank(self, bank: list[AdapterState]) -> None:
@@ -115,13 +91,33 @@ class GuardedTreeLoRA(UnsearchedTreeLoRA):
 
     def _hold(self, engine: Engine, found: AdapterState) -> None:
         layers: list[tuple[str, Any]] = adapted_modules(engine.module)
-        pairs, scales = factors(found), {name: module.scaling[ADAPTER] for name, module in layers}
-        self._held = {
-            layer: HeldOutputs(half_dp.to(engine.device), *pairs[layer], scales[layer])
-            for layer, half_dp in self.halves.items()
-        }
-        self._found_D = flatten(found)
+        pairs, alike = factors(found), defaultdict(list)
+        for name, module in layers:
+            a_rd, b_Or = pairs[name]
+            alike[module.scaling[ADAPTER], a_rd.shape, b_Or.shape].append(name)
+        self._held = [
+            HeldOutputs({name: self.halves[name].to(engine.device) for name in names}, pairs, scale)
+            for (scale, *_), names in alike.items()
+        ]
         self._found = {name: tensor.cpu() for name, tensor in found.items()}
+
+    def _guard(self, engine: Engine, lr: float) -> Scalars:
+        """Bring the adapter that has just stepped back towards what is held."""
+        leaves = {name: leaf.detach() for name, leaf in engine.adapter_leaves().items()}
+        pairs, stepped_D = factors(leaves), flatten(leaves)
+        guarded: AdapterState = {}
+        costs = []
+        for held in self._held:
+            a_Lrd, b_LOr, cost = held.near(*held.stacked(pairs), lr * self.strength)
+            costs.append(cost)
+            for layer, a_rd, b_Or in zip(held.layers, a_Lrd, b_LOr, strict=True):
+                guarded |= {f"{layer}.lora_A.weight": a_rd, f"{layer}.lora_B.weight": b_Or}
+        engine.write_leaves(guarded)
+        by_guard, by_loss = flatten({name: guarded[name] for name in leaves}) - stepped_D, stepped_D - self._before_D
+        return {
+            "penalty_ratio": by_guard.norm() / by_loss.norm().clamp_min(1e-30),
+            "penalty_loss": self.strength / 2 * torch.stack(costs).sum(),
+        }
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -22,12 +22,13 @@ from torch import Tensor
 from treelora.adapters import AdapterState, condensed
 from treelora.engine import Engine, read_adapter
 from treelora.input_space import design
-from treelora.methods.base import TaskContext
+from treelora.methods.base import StepMetrics, TaskContext
 from treelora.methods.extra_gradient import flatten, unflatten
 from treelora.methods.first_step import FirstStep
 from treelora.methods.reading import Reading
 from treelora.methods.remembering import Memory
 from treelora.methods.slices import Accumulating, cut
+from treelora.methods.treelora_pull import pull_adapter
 from treelora.methods.treelora_unsearched import UnsearchedTreeLoRA
 from treelora.options.tree import TreeLoRAOptions
 from treelora.protected_spaces import ProtectedSpaces
@@ -86,16 +87,16 @@ class ProtectedTreeLoRA(UnsearchedTreeLoRA, Accumulating):
         """See `Method`."""
         if self.seen.first:
             self._design(self.seen, self.seen.first)
-        super().after_backward(engine)
+        if self.options.penalty == "prox":
+            self._before_D = flatten(engine.adapter_leaves())
 
     def after_step(self, engine: Engine, lr: float) -> None:
         """See `Method`."""
         super().after_step(engine, lr)
         self._designed = True
-
-    def start(self) -> Tensor:
-        """Zero, for A has no part in the vector."""
-        return torch.zeros_like(self._before_D)
+        if self.options.penalty == "prox":
+            start_D = torch.zeros_like(self._before_D)  # of B alone
+            self._last = StepMetrics(pull_adapter(engine, self._before_D, start_D, lr, self.options.strength))
 
     def keep(self, seen: Reading) -> None:
         """See `UnsearchedTreeLoRA`."""

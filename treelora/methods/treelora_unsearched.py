@@ -1,10 +1,7 @@
 """What `protect` and `guard` share: TreeLoRA that leaves alone what past tasks' losses depend on, and searches nothing.
 
-What a task's loss reads is measured in steps that it is learnt in (`treelora.methods.reading`). `prox` pulls towards
-the adapter that the task began with: changes of less than eta lambda don't last. Signatures and their tree are kept for
-inference and for people, for which a quarter of a batch does.
-
-Shapes: D numbers of the adapter that are trained.
+What a task's loss reads is measured in steps that it is learnt in (`treelora.methods.reading`). Signatures and their
+tree are kept for inference and for people, for which a quarter of a batch does.
 """
 
 from __future__ import annotations
@@ -18,10 +15,8 @@ from treelora.adapters import AdapterState
 from treelora.engine import Engine
 from treelora.memory_records import Groups
 from treelora.methods.base import StepMetrics, TaskContext
-from treelora.methods.extra_gradient import flatten
 from treelora.methods.reading import Reading
 from treelora.methods.remembering import Memory, Remembering
-from treelora.methods.treelora_pull import pull_adapter
 from treelora.methods.treelora_signature import SignatureSource
 from treelora.options.tree import TreeLoRAOptions
 
@@ -65,17 +60,9 @@ class UnsearchedTreeLoRA(Remembering):
         self._step, self._last = step, StepMetrics()
         self.seen.before_step(step)
 
-    def after_backward(self, engine: Engine) -> None:
-        """See `Method`."""
-        if self.options.penalty == "prox":
-            self._before_D = flatten(engine.adapter_leaves())
-
     def after_step(self, engine: Engine, lr: float) -> None:
         """See `Method`."""
         self.seen.after_step()
-        start_D = self.start() if self.options.penalty == "prox" else None
-        if start_D is not None:
-            self._last = StepMetrics(pull_adapter(engine, self._before_D, start_D, lr, self.options.strength))
 
     def step_skipped(self) -> None:
         """See `Method`."""
@@ -91,10 +78,6 @@ class UnsearchedTreeLoRA(Remembering):
             self.groups = self.memory.end_task(self.task.name, sketch_LK.numpy(), float(self.task.sizes[-1]))
         self.keep(self.seen)
         self.reading = None
-
-    def start(self) -> Tensor | None:
-        """What `prox` pulls towards, [D]; None: it doesn't."""
-        raise NotImplementedError
 
     def keep(self, seen: Reading) -> None:
         """Take in what the task that was just learnt reads. Collective."""

@@ -128,6 +128,11 @@ class TreeLoRAOptions(Options):
                 self._unsearched_fits(name)
         if self.protect is not None and self.guard is not None:
             raise ValueError(f"guard {self.guard:g} holds one adapter, protect has slices: set one of them to null")
+        if self.guard is not None and self.penalty != "none":
+            raise ValueError(
+                f"penalty {self.penalty!r} doesn't go with guard, which is one itself; set penalty to none, as preset "
+                "guarded does, or guard to null"
+            )
         if self.protect is None and self.max_slices is not None:
             raise ValueError(f"max_slices {self.max_slices}: only protect has slices; set max_slices to null")
         if official and (self.start != "continue" or self.budget_mib is not None):
