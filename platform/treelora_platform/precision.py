@@ -48,7 +48,7 @@ def slow_precision(config: ExperimentConfig, device: torch.device) -> str | None
     if config.model.dtype == "bfloat16" and fitting_dtype(device) == "float32":
         return (
             f"model.dtype bfloat16: this {device.type.replace('cuda', 'GPU').replace('cpu', 'CPU')} only emulates it, "
-            "and a step may take ten times as long as in float32; `auto` chooses what fits"
+            "and a step takes many times as long as in float32; `auto` chooses what fits"
         )
     return None
 
