@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -117,14 +115,14 @@ def test_the_way_back_ends_where_nothing_pulls(seed: int, rank: int, scale: floa
 
 @settings(deadline=None, max_examples=20)
 @given(seed=seeds, rank=st.integers(1, 5))
-def test_a_stronger_guard_leaves_a_lower_cost(seed: int, rank: int) -> None:
-    """From the step's own down to none, where the directions that are held fit the rank; never above."""
+def test_a_guard_leaves_a_lower_cost(seed: int, rank: int) -> None:
+    """From the step's own down to none; never above it."""
     halves, found, stepped = layers_of(seed, rank)
     held = HeldOutputs(halves, found, 2.0)
     before = sum(float(cost_of(halves[layer], found[layer], stepped[layer], 2.0)) for layer in halves)
     costs = [float(held.near(*held.stacked(stepped), weight)[2]) for weight in (0.0, 1e-2, 1.0, 1e2, 1e4)]
     assert costs[0] == pytest.approx(before, rel=1e-4)
-    assert all(later <= earlier * (1 + 1e-4) + 1e-6 for earlier, later in pairwise(costs))
+    assert all(cost <= before * (1 + 1e-4) for cost in costs)
     assert costs[-1] < 1e-2 * before
 
 

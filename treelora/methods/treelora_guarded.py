@@ -1,39 +1,39 @@
-"""`treelora` with `guard`: one adapter for all tasks, and a price on what past tasks' losses would feel of a change.
+"""`treelora` with `guard`: beside the pull towards the tree's arms a price on what past tasks' losses would feel.
 
-The price is a quadratic penalty (`treelora.guard`) that holds the adapter as the task found it. After each step of the
-optimizer the adapter is brought back as far as the price asks, as AdamW does with decay: in the gradient a strong price
-would be a part of what AdamW divides by. What past tasks are held by is measured in steps that they are learnt in, so
-that a guarded task takes no pass more than another.
+The price is a quadratic penalty (`treelora.guard`) that holds the adapter as the task found it. After each step, the
+optimizer's and the pull's, the adapter is brought back as far as the price asks, as AdamW does with decay: in the
+gradient a strong price would be a part of what AdamW divides by. What past tasks are held by is measured in steps that
+they are learnt in (`treelora.methods.reading`), so that a guarded task takes no pass more than another.
 
-Nothing is searched: a pull towards an arm is one away from what is held, wherever the arm isn't the newest task.
+Shapes: L layers of one shape, D numbers of the adapter.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from treelora.adapters import ADAPTER, AdapterState, mean_adapter
+from treelora.adapters import ADAPTER, AdapterState
 from treelora.engine import Engine
 from treelora.guard import HeldOutputs, factors, take_in
-from treelora.methods.base import StepMetrics, TaskContext
+from treelora.methods.base import TaskContext
 from treelora.methods.extra_gradient import flatten
 from treelora.methods.reading import Reading
 from treelora.methods.remembering import Memory
-from treelora.methods.treelora import share
+from treelora.methods.treelora import TreeLoRA
 from treelora.methods.treelora_pull import Scalars
-from treelora.methods.treelora_unsearched import UnsearchedTreeLoRA
 from treelora.options.tree import TreeLoRAOptions
 from treelora.signature import adapted_modules
 
 HALVES, FOUND = "guard/", "found/"
 
 
-class GuardedTreeLoRA(UnsearchedTreeLoRA):
+class GuardedTreeLoRA(TreeLoRA):
     """TreeLoRA whose past tasks are guarded."""
 
     def __init__(self, options: TreeLoRAOptions, memory: Memory | None, seed: int = 0) -> None:
@@ -42,52 +42,84 @@ class GuardedTreeLoRA(UnsearchedTreeLoRA):
         self.strength = options.guard
         self.halves: dict[str, Tensor] = {}
         """H of each layer, by the tasks so far."""
+        self.reading: Reading | None = None
+        """What the current task's loss reads, while it is learnt."""
         self._found: AdapterState = {}
         self._held: list[HeldOutputs] = []
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
+        super().begin_task(task, engine, bank)
+        self._watch(task, engine)
         if self.halves:  # something has been learnt
             self._hold(engine, {name: tensor.clone() for name, tensor in engine.adapter_tensors().items()})
-        super().begin_task(task, engine, bank)
 
     def resume_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
+        super().resume_task(task, engine, bank)
+        self._watch(task, engine).load_state_dict(self._resumed)
         if self.halves:
             self._hold(engine, {name: found.to(engine.device) for name, found in _part(self._resumed, FOUND).items()})
-        super().resume_task(task, engine, bank)
+
+    def before_step(self, step: int) -> None:
+        """See `Method`."""
+        super().before_step(step)
+        self.seen.before_step(step)
 
     def after_backward(self, engine: Engine) -> None:
         """See `Method`."""
+        super().after_backward(engine)
         if self._held:
             self._before_D = flatten(engine.adapter_leaves())
 
     def after_step(self, engine: Engine, lr: float) -> None:
         """See `Method`."""
         super().after_step(engine, lr)
+        self.seen.after_step()
         if self._held:
-            self._last = StepMetrics(self._guard(engine, lr))
+            pulled, guarded = self._last.scalars, self._guard(engine, lr)
+            both = {key: pulled.get(key, 0.0) + value for key, value in guarded.items()}
+            self._last = replace(self._last, scalars={**pulled, **both})
 
-    def keep(self, seen: Reading) -> None:
-        """See `UnsearchedTreeLoRA`."""
-        unit = seen.moments.mean_trace(self.engine)
+    def step_skipped(self) -> None:
+        """See `Method`."""
+        super().step_skipped()
+        self.seen.step_skipped()
+
+    def end_task(self, engine: Engine) -> None:
+        """See `Method`."""
+        super().end_task(engine)
+        seen = self.seen
+        seen.close()
+        unit = seen.moments.mean_trace(engine)
         self.halves = seen.shared(lambda layer, spectrum: take_in(self.halves.get(layer), spectrum, unit))
-        self._held, self._found = [], {}
-        self.groups = self.engine.broadcast(self.groups)
+        self._held, self._found, self.reading = [], {}, None
 
-    def merge_bank(self, bank: list[AdapterState]) -> None:
-        """Let tasks of one arm share one adapter, the mean, weighted by rows."""
-        share(bank, self.groups, self.task.sizes, mean_adapter)
-
-    def kept(self) -> dict[str, Tensor]:
-        """See `UnsearchedTreeLoRA`."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Method`."""
+        if self._step == 0:  # nothing was learnt since the state was loaded
+            return super().state_dict()
+        learning = self.reading.state_dict() if self.reading else {}
         found = {FOUND + name: tensor for name, tensor in self._found.items()}
-        return found | {HALVES + layer: half_dp for layer, half_dp in self.halves.items()}
+        halves = {HALVES + layer: half_dp for layer, half_dp in self.halves.items()}
+        return super().state_dict() | learning | found | halves
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """See `Method`."""
         super().load_state_dict(state)
         self.halves = _part(state, HALVES)
+
+    @property
+    def seen(self) -> Reading:
+        """What the current task's loss reads."""
+        assert self.reading, "no task is being learnt"
+        return self.reading
+
+    def _watch(self, task: TaskContext, engine: Engine) -> Reading:
+        if self.reading:
+            self.reading.close()
+        self.reading = Reading(engine, task.steps, self.seed)
+        return self.reading
 
     def _hold(self, engine: Engine, found: AdapterState) -> None:
         layers: list[tuple[str, Any]] = adapted_modules(engine.module)
@@ -113,9 +145,9 @@ class GuardedTreeLoRA(UnsearchedTreeLoRA):
             for layer, a_rd, b_Or in zip(held.layers, a_Lrd, b_LOr, strict=True):
                 guarded |= {f"{layer}.lora_A.weight": a_rd, f"{layer}.lora_B.weight": b_Or}
         engine.write_leaves(guarded)
-        by_guard, by_loss = flatten({name: guarded[name] for name in leaves}) - stepped_D, stepped_D - self._before_D
+        by_guard, by_step = flatten({name: guarded[name] for name in leaves}) - stepped_D, stepped_D - self._before_D
         return {
-            "penalty_ratio": by_guard.norm() / by_loss.norm().clamp_min(1e-30),
+            "penalty_ratio": by_guard.abs().sum() / by_step.abs().sum().clamp_min(1e-30),
             "penalty_loss": self.strength / 2 * torch.stack(costs).sum(),
         }
 

@@ -9,7 +9,8 @@ has room for them (`treelora.protected_spaces`).
 Where there are fewer slices than tasks, all but one of them come to hold the past together: before a task that finds
 none free their update is cut to the rank that they have (`treelora.adapters.condensed`).
 
-Nothing is searched: no past task has a part in a new slice, and all arms would pull alike.
+Nothing is searched: no past task has a part in a new slice, and all arms would pull alike. Signatures and their tree
+are kept for inference and for people.
 """
 
 from __future__ import annotations
@@ -26,29 +27,35 @@ from treelora.methods.base import StepMetrics, TaskContext
 from treelora.methods.extra_gradient import flatten, unflatten
 from treelora.methods.first_step import FirstStep
 from treelora.methods.reading import Reading
-from treelora.methods.remembering import Memory
+from treelora.methods.remembering import Memory, Remembering
 from treelora.methods.slices import Accumulating, cut
 from treelora.methods.treelora_pull import pull_adapter
-from treelora.methods.treelora_unsearched import UnsearchedTreeLoRA
+from treelora.methods.treelora_signature import SignatureSource
 from treelora.options.tree import TreeLoRAOptions
 from treelora.protected_spaces import ProtectedSpaces
 from treelora.sliced import sliced_factors
 
 
-class ProtectedTreeLoRA(UnsearchedTreeLoRA, Accumulating):
-    """TreeLoRA in protected slices."""
+class ProtectedTreeLoRA(Remembering, Accumulating):
+    """TreeLoRA in protected slices; `memory` is used on rank 0 only and may be None elsewhere."""
 
+    name = "treelora"
+    preparation = "measuring its signature"
     freezes_a = True
 
     def __init__(
         self, options: TreeLoRAOptions, memory: Memory | None, seed: int = 0, *, rank: int, room: int | None = None
     ) -> None:
         """With the rank of one task, and the bytes that protected directions may take (None: any number)."""
-        super().__init__(options, memory, seed, rank=rank)
+        super().__init__(options, seed, rank=rank)
         assert options.protect is not None
-        self.probe_rank = rank
+        self.options, self.memory = options, memory
         self.spaces = ProtectedSpaces(options.protect, room)
         """What past tasks protect."""
+        self.reading: Reading | None = None
+        """What the current task's loss reads, while it is learnt."""
+        self._resumed: dict[str, Tensor] = {}
+        self._step, self._last = 0, StepMetrics()
         self._designed = False
 
     def open(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
@@ -64,6 +71,8 @@ class ProtectedTreeLoRA(UnsearchedTreeLoRA, Accumulating):
             mine = condensed(whole, (slots - 1) * self.rank) if engine.rank == 0 else {}
             engine.write_adapter(engine.broadcast(mine))  # not every machine rounds alike
         super().begin_task(task, engine, bank)
+        self._watch(task, engine)
+        self.source.measure(task)
 
     def place(self, index: int, slots: int) -> int:
         """See `Accumulating`."""
@@ -76,11 +85,15 @@ class ProtectedTreeLoRA(UnsearchedTreeLoRA, Accumulating):
     def resume_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
         super().resume_task(task, engine, bank)
+        self._watch(task, engine)
+        self.source.load_state_dict(self._resumed)
+        self.seen.load_state_dict(self._resumed)
         self._designed = bool(self._resumed["designed"])
 
     def before_step(self, step: int) -> None:
         """See `Method`."""
-        super().before_step(step)
+        self._step, self._last = step, StepMetrics()
+        self.seen.before_step(step)
         self.seen.first = None if self._designed else FirstStep(self.seen.layers, self.seen.moments.another())
 
     def after_backward(self, engine: Engine) -> None:
@@ -92,15 +105,26 @@ class ProtectedTreeLoRA(UnsearchedTreeLoRA, Accumulating):
 
     def after_step(self, engine: Engine, lr: float) -> None:
         """See `Method`."""
-        super().after_step(engine, lr)
+        self.seen.after_step()
         self._designed = True
         if self.options.penalty == "prox":
             start_D = torch.zeros_like(self._before_D)  # of B alone
             self._last = StepMetrics(pull_adapter(engine, self._before_D, start_D, lr, self.options.strength))
 
-    def keep(self, seen: Reading) -> None:
-        """See `UnsearchedTreeLoRA`."""
-        self.spaces.keep(seen.shared(self.spaces.grown))
+    def step_skipped(self) -> None:
+        """See `Method`."""
+        self.seen.step_skipped()
+        self._last = StepMetrics()
+
+    def end_task(self, engine: Engine) -> None:
+        """See `Method`."""
+        super().end_task(engine)
+        self.seen.close()
+        sketch_LK, _ = self.source.finish(engine)
+        if self.memory:
+            self.memory.end_task(self.task.name, sketch_LK.numpy(), float(self.task.sizes[-1]))
+        self.spaces.keep(self.seen.shared(self.spaces.grown))
+        self.reading = None
 
     def merge_bank(self, bank: list[AdapterState]) -> None:
         """Let tasks whose slices were condensed share what the newest task has beside its own."""
@@ -110,14 +134,35 @@ class ProtectedTreeLoRA(UnsearchedTreeLoRA, Accumulating):
                 cut(name, tensor, self.slices.own).zero_()
             bank[:-1] = [past] * (len(bank) - 1)
 
-    def kept(self) -> dict[str, Tensor]:
-        """See `UnsearchedTreeLoRA`."""
-        return self.spaces.state_dict() | ({"designed": torch.tensor(self._designed)} if self.reading else {})
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Method`."""
+        if self._step == 0:  # nothing was learnt since the state was loaded
+            return dict(self._resumed)
+        state = self.source.state_dict() | self.spaces.state_dict()
+        if self.reading:
+            state |= self.reading.state_dict() | {"designed": torch.tensor(self._designed)}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """See `Method`."""
-        super().load_state_dict(state)
+        self._resumed = state
         self.spaces.load_state_dict(state)
+
+    @property
+    def seen(self) -> Reading:
+        """What the current task's loss reads."""
+        assert self.reading, "no task is being learnt"
+        return self.reading
+
+    def _watch(self, task: TaskContext, engine: Engine) -> None:
+        self.task, self.engine = task, engine
+        self._step, self._last = 0, StepMetrics()
+        if self.memory:
+            self.memory.begin_task(task.name, task.steps)
+        self.source = SignatureSource(self.options, engine, self.seed, self.rank)
+        if self.reading:
+            self.reading.close()
+        self.reading = Reading(engine, task.steps, self.seed)
 
     def _design(self, seen: Reading, first: FirstStep) -> None:
         first.inputs.keep()

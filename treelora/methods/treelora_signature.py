@@ -38,6 +38,8 @@ class SignatureSource:
         """With the rank of the probes; None: the adapter's."""
         self.kind, self.engine = options.signature, engine
         self.probe_batches = options.probe_batches
+        self.shares_its_cost = options.guard is not None or options.protect is not None
+        """Whether what a task's loss reads is measured too: then a part of a batch has to do."""
         self.keeps_full = self.kind == "gradient" and options.penalty in ("soft", "sign", "exact")
         self.names = layer_names(list(engine.adapter_tensors()))
         if self.kind == "probe_b":
@@ -73,23 +75,26 @@ class SignatureSource:
         """Before training. Collective."""
         if self.kind != "probe_b":
             return
+        if self.probe_batches is None and self.shares_its_cost:
+            self._take([self._measure_rows(task)])
+            return
         wanted = self.probe_batches or min(max(1, task.steps // STEPS_A_PROBE), MOST_PROBES)
         count = min(wanted, task.steps)
         self._take([self._measure_batch(task, round(i * task.steps / count)) for i in range(count)])
-
-    def measure_rows(self, task: TaskContext) -> None:
-        """In place of `measure`, of `probe_b`: on a quarter of a global batch, from all over the task. Collective."""
-        world = self.engine.world_size
-        count = math.ceil(max(2, task.global_batch // 4) / world) * world
-        rows = [(task.index, i * task.sizes[-1] // count) for i in range(count)]
-        own = rows[self.engine.rank :: world]
-        gradients = self._probe.measure(partial(answer_loss, self.engine.module, task.fetch(own), len(own)))
-        self._take([self._count_sketch.sketch(gradients)])
 
     def _take(self, batches: Sequence[Tensor]) -> None:
         raw_PLK = self.engine.all_reduce(torch.stack(list(batches)), mean=True).cpu()
         self._per_batch_PLK = torch.stack([normalise(batch_LK) for batch_LK in raw_PLK])
         self._sum_LK = raw_PLK.sum(0)
+
+    def _measure_rows(self, task: TaskContext) -> Tensor:
+        """On a quarter of a global batch, from all over the task."""
+        world = self.engine.world_size
+        count = math.ceil(max(2, task.global_batch // 4) / world) * world
+        rows = [(task.index, i * task.sizes[-1] // count) for i in range(count)]
+        own = rows[self.engine.rank :: world]
+        gradients = self._probe.measure(partial(answer_loss, self.engine.module, task.fetch(own), len(own)))
+        return self._count_sketch.sketch(gradients)
 
     def _measure_batch(self, task: TaskContext, step: int) -> Tensor:
         total = torch.zeros_like(self._sum_LK, device=self.engine.device)

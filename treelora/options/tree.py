@@ -38,7 +38,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "strength": 0.5,
     },
     "plus": {"inference": "routed"},
-    "guarded": {"guard": 1000.0, "penalty": "none"},
+    "guarded": {"guard": 3e5},
     "protected": {"protect": 0.99},
 }
 """What differs from the defaults; `docs/methods.md` says why."""
@@ -123,27 +123,28 @@ class TreeLoRAOptions(Options):
                 f"{official[0]} 'official': the released search, tree and penalty work on its own sums of values of A, "
                 "so they go together; set preset to official and leave signature, search, tree and penalty out"
             )
-        for name in ("protect", "guard"):
-            if getattr(self, name) is not None:
-                self._unsearched_fits(name)
-        if self.protect is not None and self.guard is not None:
-            raise ValueError(f"guard {self.guard:g} holds one adapter, protect has slices: set one of them to null")
-        if self.guard is not None and self.penalty != "none":
+        if self.protect is not None:
+            self._protect_fits()
+        if self.guard is not None and self.start != "continue":
             raise ValueError(
-                f"penalty {self.penalty!r} doesn't go with guard, which is one itself; set penalty to none, as preset "
-                "guarded does, or guard to null"
+                f"start {self.start!r} doesn't go with guard, which holds what the last task left; set start to "
+                "continue, or guard to null"
             )
         if self.protect is None and self.max_slices is not None:
             raise ValueError(f"max_slices {self.max_slices}: only protect has slices; set max_slices to null")
-        if official and (self.start != "continue" or self.budget_mib is not None):
-            raise ValueError("start and budget_mib: the released code goes on from the last task and merges nothing")
+        if official and (self.start != "continue" or (self.guard, self.budget_mib) != (None, None)):
+            raise ValueError(
+                "start, guard and budget_mib: the released code goes on from the last task, guards and merges nothing"
+            )
         return self
 
-    def _unsearched_fits(self, name: str) -> None:
+    def _protect_fits(self) -> None:
         fitting = {"signature": "probe_b", "start": "continue", "search": "tree_lcb"}
         for axis, wanted in fitting.items():
             if (value := getattr(self, axis)) != wanted:
                 raise ValueError(
-                    f"{axis} {value!r} doesn't go with {name}, where nothing is searched; set {axis} to {wanted}, or "
-                    f"{name} to null"
+                    f"{axis} {value!r} doesn't go with protect, where nothing is searched; set {axis} to {wanted}, or "
+                    "protect to null"
                 )
+        if self.guard is not None:
+            raise ValueError(f"guard {self.guard:g} holds one adapter, protect has slices: set one of them to null")
