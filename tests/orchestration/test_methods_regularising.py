@@ -55,7 +55,7 @@ class OpposedGEM(_Opposed, GEM):
     pass
 
 
-def make(name: str) -> Method:
+def make(name: str, rank: int) -> Method:
     """A method with settings that show, and odd numbers of rows that two workers can't share evenly."""
     methods: dict[str, Method] = {
         "ewc": EWC(EWCOptions(strength=100.0, fisher_rows=5)),
@@ -66,8 +66,8 @@ def make(name: str) -> Method:
         "lwf": LwF(LwFOptions(strength=20.0)),
         "tasl": TaSL(),
         "guarded": GuardedTreeLoRA(
-            TreeLoRAOptions(guard=100.0, penalty="none", sketch_size=8),
-            LocalMemory(MemoryConfig(layers=4, sketch_size=8)),
+            TreeLoRAOptions(guard=1e4, strength=0.3, sketch_size=8),
+            LocalMemory(MemoryConfig(layers=4, sketch_size=8)) if rank == 0 else None,
         ),
         "sequential": Sequential(),
     }
@@ -99,14 +99,15 @@ def learn(folder: str, name: str, world: int, accumulation: int, stage: int, mak
         return make_engine(module, spec, config)
 
     loop = assemble(config, tasks, Path(folder) / "tokens", hooks, engine, LocalMemory)
-    loop.method = make(name)
+    loop.method = make(name, loop.engine.rank)
     loop.run()
     return {
         "losses": [record.loss for record in hooks.steps],
         "ratios": [record.penalty_ratio or 0.0 for record in hooks.steps],
         "penalties": [record.penalty_loss or 0.0 for record in hooks.steps],
         "bank": {f"{task}/{key}": tensor for task, state in enumerate(loop.bank) for key, tensor in state.items()},
-        "state": loop.method.state_dict(),
+        # what the arms were told is rank 0's, which has the memory
+        "state": {key: tensor for key, tensor in loop.method.state_dict().items() if key != "observation"},
     }
 
 
