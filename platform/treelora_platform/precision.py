@@ -32,12 +32,9 @@ def settled_together(config: ExperimentConfig, device: torch.device, run_dir: Pa
     if dist.is_initialized():
         all_of_them *= dist.get_world_size()
         dist.all_gather_object(all_of_them, all_of_them[0])
-    begun, _ = all_of_them[0]
-    dtype = (
-        mine
-        if config.model.dtype != "auto"
-        else begun or min((fits for _, fits in all_of_them), key=list(DTYPES).index)
-    )
+    begun, dtype = all_of_them[0][0], mine
+    if config.model.dtype == "auto":
+        dtype = begun or min((fits for _, fits in all_of_them), key=list(DTYPES).index)
     if rank == 0:
         write_bytes_atomically(run_dir / PRECISION_JSON, json.dumps({"dtype": dtype}).encode())
     return _with_dtype(config, dtype)
@@ -47,8 +44,8 @@ def slow_precision(config: ExperimentConfig, device: torch.device) -> str | None
     """What to tell a user whose device only emulates the dtype that is asked for; None: nothing."""
     if config.model.dtype == "bfloat16" and fitting_dtype(device) == "float32":
         return (
-            f"model.dtype bfloat16: this {device.type.replace('cuda', 'GPU').replace('cpu', 'CPU')} only emulates it, "
-            "and a step takes many times as long as in float32; `auto` chooses what fits"
+            f"model.dtype bfloat16: this {'GPU' if device.type == 'cuda' else 'CPU'} only emulates it, and a step takes "
+            "many times as long as in float32; `auto` chooses what fits"
         )
     return None
 
