@@ -44,7 +44,7 @@ def slow_precision(config: ExperimentConfig, device: torch.device) -> str | None
     """What to tell a user whose device only emulates the dtype that is asked for; None: nothing."""
     if config.model.dtype == "bfloat16" and fitting_dtype(device) == "float32":
         return (
-            f"model.dtype bfloat16: this {'GPU' if device.type == 'cuda' else 'CPU'} only emulates it, and a step takes "
+            f"model.dtype bfloat16: this {'GPU' if device.type == 'cuda' else 'CPU'} only emulates it, and steps take "
             "many times as long as in float32; `auto` chooses what fits"
         )
     return None
