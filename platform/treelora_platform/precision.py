@@ -27,13 +27,14 @@ def settled_together(config: ExperimentConfig, device: torch.device, run_dir: Pa
     Raises:
         DataError: on rank 0, what is noted can't be read.
     """
-    mine = settled(config, device).model.dtype
+    mine: str = settled(config, device).model.dtype
     all_of_them = [(read_begun_dtype(run_dir) if rank == 0 else None, mine)]
     if dist.is_initialized():
         all_of_them *= dist.get_world_size()
         dist.all_gather_object(all_of_them, all_of_them[0])
-    begun, dtype = all_of_them[0][0], mine
+    dtype = mine
     if config.model.dtype == "auto":
+        begun, _ = all_of_them[0]
         dtype = begun or min((fits for _, fits in all_of_them), key=list(DTYPES).index)
     if rank == 0:
         write_bytes_atomically(run_dir / PRECISION_JSON, json.dumps({"dtype": dtype}).encode())
