@@ -279,7 +279,7 @@ def test_peers_compute_the_same_with_sharded_weights(ranks: list[dict[str, Any]]
     alone = whole_stream(str(tmp_path), 1, variant, lambda module, spec, config: TorchEngine(module, spec))
     for stream in (rank[variant] for rank in ranks):
         assert stream["losses"] == pytest.approx(alone["losses"], rel=1e-4)
-        close(stream["final"], alone["final"], 1e-4)
+        close(stream["final"], alone["final"], 5e-4)  # Adam magnifies small gradients' last bits; more on some CPUs
 
 
 @pytest.mark.parametrize("stage", OFFLOADED)

@@ -89,7 +89,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "protected": {"treelora": {"protect": 0.9}},
     "protected bounds": {"treelora": {"protect": 0.9, "max_slices": 2, "budget_mib": 0.0055}},
     "guarded": {"treelora": {"guard": 1e4}},
-    "guarded alone": {"treelora": {"guard": 1e4, "penalty": "none", "budget_mib": 0.02}},
+    "guarded alone": {"treelora": {"guard": 1e4, "penalty": "none", "budget_mib": 0.018}},
     "guarded soft": {"treelora": {"guard": 1e4, "signature": "gradient", "penalty": "soft"}},
     "budget soft": {"treelora": {"signature": "gradient", "penalty": "soft", "budget_mib": ONE_TASK_MIB}},
     "sequential": {"method": "sequential", "evaluation": {"forward": True}},

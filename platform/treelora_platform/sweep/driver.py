@@ -22,6 +22,8 @@ from treelora_platform.prepare import check_storage, prepare_stream
 from treelora_platform.provenance import versions
 from treelora_platform.run import RunFailedError, check_resources
 from treelora_platform.run_lock import is_busy, only_one
+from treelora_platform.run_record import load_run_config, write_record
+from treelora_platform.run_tables import read_run_json
 from treelora_platform.sweep.journal import Entry, Journal
 from treelora_platform.sweep.replay import SPEC_JSON
 from treelora_platform.sweep.search import scheduler_of, trials_of
@@ -166,6 +168,7 @@ def _tune(plan: _Plan, console: Console, tracking: dict[str, Any], at_once: int)
             tuner.fit()
     finally:
         _settle(journal, folder, console)
+        close_killed(journal, folder)
     if progress.done < spec.count():
         raise KeyboardInterrupt  # Tune has ended all trials in order, and says nothing of it
 
@@ -189,6 +192,16 @@ def _settle(journal: Journal, folder: Path, console: Console) -> None:
     with console.status("closing the trials"):
         while any(is_busy(folder / "runs" / run) for run in journal.latest()) and time.monotonic() < end:
             time.sleep(0.2)
+
+
+def close_killed(journal: Journal, folder: Path) -> None:
+    """Close the runs of trials that took too long over it and were killed; in MLflow they would go on for ever."""
+    for run in journal.latest():
+        run_dir = folder / "runs" / run
+        record = read_run_json(run_dir)
+        if record.get("status") == "RUNNING" and not is_busy(run_dir):
+            write_record(run_dir, record | {"status": "KILLED"})
+            finish_run(run_dir, load_run_config(run_dir).tracking.uri, record.get("mlflow_run_id"), "KILLED")
 
 
 def room_for(base: ExperimentConfig, spec: SweepSpec) -> int:
