@@ -38,7 +38,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "strength": 0.5,
     },
     "plus": {"inference": "routed"},
-    "guarded": {"guard": 3e5},
+    "guarded": {"guard": 1e5},
     "protected": {"protect": 0.99},
 }
 """What differs from the defaults; `docs/methods.md` says why."""
