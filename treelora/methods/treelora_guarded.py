@@ -69,7 +69,7 @@ class GuardedTreeLoRA(TreeLoRA):
     def after_backward(self, engine: Engine) -> None:
         """See `Method`."""
         super().after_backward(engine)
-        if self._held:
+        if self._held and self.options.penalty != "prox":  # which takes it too
             self._before_D = flatten(engine.adapter_leaves())
 
     def after_step(self, engine: Engine, lr: float) -> None:

@@ -45,4 +45,4 @@ def cannot_load(what: str, name: str, error: Exception) -> str:
 def _cpu_capabilities() -> Mapping[str, Any]:
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
-    return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}  # of torch before 2.11
+    return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()}  # of an older torch
