@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import row_attention
+from benchmarks import row_attention, turns
 from benchmarks.evaluation import full_passes
 from benchmarks.measure import spread
 from benchmarks.shapes import Quiet, flops, train
@@ -146,7 +146,9 @@ def test_a_bare_loop_s_lines(tmp_path: Path) -> None:
 TICKS = "import sys, time\nwhile True: print(time.time(), file=open(sys.argv[1], 'a')); time.sleep(0.01)"
 
 
-def test_who_is_frozen_does_nothing(tmp_path: Path) -> None:
+def test_who_is_frozen_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_END_S", 1.0)  # the children never end by themselves
+
     def ticks(name: str) -> np.ndarray:
         return np.array([float(line) for line in (tmp_path / name).read_text().splitlines()])
 
