@@ -1,8 +1,8 @@
 """The arms of the bandit: what is kept of past tasks to compare with, and the tree over it.
 
-Shapes: N arms, L layers, K sketch numbers a layer. An arm is a past task, or several that were merged because
-`max_arms` was reached; it is named by its place, and merged arms go to the end. Its mass is the number of rows that it
-stands for.
+Shapes: N arms, L layers, K sketch numbers a layer, R >= N places for arms. An arm is a past task, or several that were
+merged because `max_arms` was reached; it is named by its place, and merged arms go to the end. Its mass is the number
+of rows that it stands for.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Arms:
         self.masses_N = np.zeros(0)
         # Read-only, so that states and answers can hold it as it is: with many tasks it is most of the memory.
         self.sketches_NLK = _frozen(np.zeros((0, config.layers, config.sketch_size), dtype=np.float32))
+        # They begin it; behind them is room for more, so that a task's end makes no copy of them all.
+        self._room_RLK = self.sketches_NLK
         self.tree: SignatureTree | None = None
         # A tree never changes: its text is made once a task, not at each snapshot.
         self._written_tree: tuple[SignatureTree | None, str | None] = (None, None)
@@ -82,10 +84,9 @@ class Arms:
         arms.groups = groups
         for label, sketch in zip(arms.labels(tasks), sketches, strict=True):
             checked_sketch(config, label, sketch)
-        arms.sketches_NLK, arms.masses_N = (
-            _frozen(sketches.astype(np.float32, copy=sketches.flags.writeable)),
-            masses.astype(np.float64),
-        )
+        arms.masses_N = masses.astype(np.float64)
+        arms.sketches_NLK = _frozen(sketches.astype(np.float32, copy=sketches.flags.writeable))
+        arms._room_RLK = arms.sketches_NLK
         if groups:
             arms.tree = SignatureTree.from_json(record["tree"])
             if (arms.tree.tasks, arms.tree.layers) != shape[:2]:
@@ -95,7 +96,7 @@ class Arms:
     def _add(self, group: tuple[int, ...], sketch_LK: np.ndarray, mass: float) -> None:
         self.groups = (*self.groups, group)
         self.masses_N = np.append(self.masses_N, mass)
-        self.sketches_NLK = _frozen(np.concatenate([self.sketches_NLK, sketch_LK[None]]))
+        self._append(sketch_LK)
         config = self.config
         if self.tree is not None and len(self) > config.rebuild_limit:
             self._distances_LNN = np.zeros((config.layers, 0, 0))
@@ -111,12 +112,21 @@ class Arms:
             self._distances_LNN = tree_build.pairwise_distances(self.sketches_NLK)
         self.tree = SignatureTree.build(self.sketches_NLK, config.tree, config.blocks, self._distances_LNN)
 
+    def _append(self, sketch_LK: np.ndarray) -> None:
+        used = len(self.sketches_NLK)
+        if used == len(self._room_RLK):
+            self._room_RLK = np.empty((2 * used + 1, *sketch_LK.shape), dtype=np.float32)
+            self._room_RLK[:used] = self.sketches_NLK
+        self._room_RLK[used] = sketch_LK
+        self.sketches_NLK = _frozen(self._room_RLK[: used + 1])
+
     def _merge(self, i: int, j: int) -> None:
         sketch_LK = merged_sketch(self.sketches_NLK[[i, j]], self.masses_N[[i, j]])
         mass, group = float(self.masses_N[[i, j]].sum()), tuple(sorted(self.groups[i] + self.groups[j]))
         kept = np.delete(np.arange(len(self)), [i, j])
         self.groups = tuple(self.groups[arm] for arm in kept)
-        self.masses_N, self.sketches_NLK = self.masses_N[kept], _frozen(self.sketches_NLK[kept])
+        self.masses_N = self.masses_N[kept]
+        self.sketches_NLK = self._room_RLK = _frozen(self.sketches_NLK[kept])
         if self._distances_LNN.size:
             self._distances_LNN = self._distances_LNN[:, kept][:, :, kept]
         self.tree = self.tree.remove(j).remove(i) if self.tree is not None and len(kept) else None

@@ -71,6 +71,29 @@ def test_groups_masses_and_tree_stay_true(rebuild_limit):
             assert arms.tree.to_json() == SignatureTree.build(arms.sketches_NLK).to_json()
 
 
+@pytest.mark.parametrize("max_arms", [None, 5])
+def test_what_was_handed_out_stays_and_is_seldom_copied(max_arms):
+    config = MemoryConfig(layers=2, sketch_size=16, max_arms=max_arms)
+    arms, signatures = Arms(config), random_signatures(40, 2, 16, seed=3)
+    handed_out, copied, other = [], 0, None
+    for task, sketch in enumerate(signatures):
+        before = arms.sketches_NLK
+        handed_out.append((before, before.copy()))
+        arms.add_task(task, sketch, mass=1.0)
+        copied += not np.may_share_memory(before, arms.sketches_NLK)
+        assert not arms.sketches_NLK.flags.writeable
+        if task == 20:  # one that goes on from here otherwise, with the same arrays
+            names = [f"t{t}" for t in range(21)]
+            other = Arms.restored(config, names, arms.record(), arms.state_dict())
+            other.add_task(21, signatures[0], mass=1.0)
+    for array, copy in handed_out:
+        np.testing.assert_array_equal(array, copy)
+    if max_arms is None:
+        np.testing.assert_array_equal(other.sketches_NLK[-1], signatures[0])
+        np.testing.assert_array_equal(arms.sketches_NLK, signatures)
+        assert copied == 6  # at 0, 1, 3, 7, 15 and 31
+
+
 @given(n=st.integers(2, 12), seed=st.integers(0, 1000), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_remove_keeps_the_other_branches(n, seed, data):
