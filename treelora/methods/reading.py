@@ -12,6 +12,7 @@ from torch import Tensor
 
 from treelora.engine import Engine
 from treelora.input_space import InputMoments, Spectrum
+from treelora.methods.base import Method, TaskContext
 from treelora.methods.first_step import FirstStep
 from treelora.signature import adapted_modules
 from treelora.watching import Seen, watch
@@ -86,3 +87,23 @@ class Reading:
             # a worker's loss is so many times its part of the global batch's
             weights_S = (seen.g.float() / self.engine.world_size).square().sum(-1)
             self.moments.add(layer, seen.x, weights_S)
+
+
+class ReadsInputs(Method):
+    """What methods share that measure, while they learn a task, what its loss reads."""
+
+    reading: Reading | None = None
+    """Of the current task; None between tasks."""
+
+    @property
+    def seen(self) -> Reading:
+        """What the current task's loss reads."""
+        assert self.reading, "no task is being learnt"
+        return self.reading
+
+    def watch(self, task: TaskContext, engine: Engine) -> Reading:
+        """Begin with a task, or begin again."""
+        if self.reading:
+            self.reading.close()
+        self.reading = Reading(engine, task.steps, self.seed)
+        return self.reading

@@ -23,7 +23,7 @@ from treelora.engine import Engine
 from treelora.guard import HeldOutputs, factors, take_in
 from treelora.methods.base import TaskContext
 from treelora.methods.extra_gradient import flatten
-from treelora.methods.reading import Reading
+from treelora.methods.reading import ReadsInputs
 from treelora.methods.remembering import Memory
 from treelora.methods.treelora import TreeLoRA
 from treelora.methods.treelora_pull import Scalars
@@ -33,7 +33,7 @@ from treelora.signature import adapted_modules
 HALVES, FOUND = "guard/", "found/"
 
 
-class GuardedTreeLoRA(TreeLoRA):
+class GuardedTreeLoRA(ReadsInputs, TreeLoRA):
     """TreeLoRA whose past tasks are guarded."""
 
     def __init__(self, options: TreeLoRAOptions, memory: Memory | None, seed: int = 0) -> None:
@@ -42,22 +42,20 @@ class GuardedTreeLoRA(TreeLoRA):
         self.strength = options.guard
         self.halves: dict[str, Tensor] = {}
         """H of each layer, by the tasks so far."""
-        self.reading: Reading | None = None
-        """What the current task's loss reads, while it is learnt."""
         self._found: AdapterState = {}
         self._held: list[HeldOutputs] = []
 
     def begin_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
         super().begin_task(task, engine, bank)
-        self._watch(task, engine)
+        self.watch(task, engine)
         if self.halves:  # something has been learnt
             self._hold(engine, {name: tensor.clone() for name, tensor in engine.adapter_tensors().items()})
 
     def resume_task(self, task: TaskContext, engine: Engine, bank: Sequence[AdapterState]) -> None:
         """See `Method`."""
         super().resume_task(task, engine, bank)
-        self._watch(task, engine).load_state_dict(self._resumed)
+        self.watch(task, engine).load_state_dict(self._resumed)
         if self.halves:
             self._hold(engine, {name: found.to(engine.device) for name, found in _part(self._resumed, FOUND).items()})
 
@@ -108,18 +106,6 @@ class GuardedTreeLoRA(TreeLoRA):
         """See `Method`."""
         super().load_state_dict(state)
         self.halves = _part(state, HALVES)
-
-    @property
-    def seen(self) -> Reading:
-        """What the current task's loss reads."""
-        assert self.reading, "no task is being learnt"
-        return self.reading
-
-    def _watch(self, task: TaskContext, engine: Engine) -> Reading:
-        if self.reading:
-            self.reading.close()
-        self.reading = Reading(engine, task.steps, self.seed)
-        return self.reading
 
     def _hold(self, engine: Engine, found: AdapterState) -> None:
         layers: list[tuple[str, Any]] = adapted_modules(engine.module)

@@ -26,7 +26,7 @@ from treelora.input_space import design
 from treelora.methods.base import StepMetrics, TaskContext
 from treelora.methods.extra_gradient import flatten, unflatten
 from treelora.methods.first_step import FirstStep
-from treelora.methods.reading import Reading
+from treelora.methods.reading import Reading, ReadsInputs
 from treelora.methods.remembering import Memory, Remembering
 from treelora.methods.slices import Accumulating, cut
 from treelora.methods.treelora_pull import pull_adapter
@@ -36,7 +36,7 @@ from treelora.protected_spaces import ProtectedSpaces
 from treelora.sliced import sliced_factors
 
 
-class ProtectedTreeLoRA(Remembering, Accumulating):
+class ProtectedTreeLoRA(ReadsInputs, Remembering, Accumulating):
     """TreeLoRA in protected slices; `memory` is used on rank 0 only and may be None elsewhere."""
 
     name = "treelora"
@@ -52,8 +52,6 @@ class ProtectedTreeLoRA(Remembering, Accumulating):
         self.options, self.memory = options, memory
         self.spaces = ProtectedSpaces(options.protect, room)
         """What past tasks protect."""
-        self.reading: Reading | None = None
-        """What the current task's loss reads, while it is learnt."""
         self._resumed: dict[str, Tensor] = {}
         self._step, self._last = 0, StepMetrics()
         self._designed = False
@@ -148,21 +146,13 @@ class ProtectedTreeLoRA(Remembering, Accumulating):
         self._resumed = state
         self.spaces.load_state_dict(state)
 
-    @property
-    def seen(self) -> Reading:
-        """What the current task's loss reads."""
-        assert self.reading, "no task is being learnt"
-        return self.reading
-
     def _watch(self, task: TaskContext, engine: Engine) -> None:
         self.task, self.engine = task, engine
         self._step, self._last = 0, StepMetrics()
         if self.memory:
             self.memory.begin_task(task.name, task.steps)
         self.source = SignatureSource(self.options, engine, self.seed, self.rank)
-        if self.reading:
-            self.reading.close()
-        self.reading = Reading(engine, task.steps, self.seed)
+        self.watch(task, engine)
 
     def _design(self, seen: Reading, first: FirstStep) -> None:
         first.inputs.keep()
