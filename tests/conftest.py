@@ -16,13 +16,8 @@ RAY = ("benchmarks_actor", "chaos", "faults", "nodes", "rerun", "run", "storage_
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `pytest -n 2`: a module stays together, and tests that start Ray follow one another.
-
-    They begin first, as they are collected: few tests, but half of the time, and what begins last is waited for.
-    """
+    """For `pytest -n 2`: a module stays together, and tests that start Ray follow one another."""
     from xdist.scheduler import LoadScopeScheduling
-
-    config.option.loadscopereorder = False
 
     class RayAlone(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
