@@ -24,6 +24,8 @@ from tests.support.streams import tiny_config
 from treelora_platform.run_tables import read_run_json, read_steps
 from treelora_platform.sweep.journal import Entry, Journal
 
+pytestmark = pytest.mark.slow  # their one sweep, begun three times, takes six minutes of two slow cores
+
 TREELORA = str(Path(sys.executable).with_name("treelora"))
 WAIT_S = 300.0
 
