@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from treelora.options.tree import TreeLoRAOptions
 from treelora_platform.config import ExperimentConfig, StreamConfig
 
 BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
@@ -59,6 +60,8 @@ def _section(title: str, model: type[BaseModel], prefix: str = "") -> Iterator[s
 def _when_left_out(key: str, field: FieldInfo) -> Iterator[str]:
     """A section that is left out as a whole may stand for other values than its fields' own defaults."""
     default = field.get_default(call_default_factory=True)
+    if isinstance(default, TreeLoRAOptions):  # its preset fills it in all the same
+        return
     for name, inner in type(default).model_fields.items():
         if (value := getattr(default, name)) != inner.get_default(call_default_factory=True):
             yield f"Where the section `{key}` is left out as a whole, `{key}.{name}` is `{json.dumps(value)}`.\n"

@@ -202,7 +202,10 @@ class ExperimentConfig(Options):
         used, known = self.in_use(), self
         if self.model.dtype == "bfloat16":  # the default before `auto` came, of which records say nothing
             known = self.model_copy(update={"model": self.model.model_copy(update={"dtype": "auto"})})
-        given = {k: v for k, v in known.model_dump(mode="json", exclude_defaults=True).items() if k in used}
+        differing = known.model_dump(mode="json", exclude_defaults=True)
+        # held against its fields' defaults, which stay, not against what a preset makes of them, which changes
+        differing["treelora"] = self.treelora.model_dump(mode="json", exclude_defaults=True)
+        given = {k: v for k, v in differing.items() if k in used and v != {}}
         for part in (given.get("stream", {}), *given.get("extensions", ())):
             part.pop("path", None)
         return _digest(given)

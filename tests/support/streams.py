@@ -77,13 +77,13 @@ class Recorded:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "probe_b prox": {"treelora": {"signature": "probe_b", "penalty": "prox"}},
-    "gradient soft": {"treelora": {"signature": "gradient", "penalty": "soft", "search": "flat_lcb"}},
-    "gradient sign full": {"treelora": {"signature": "gradient", "penalty": "sign", "search": "full"}},
+    "probe_b prox": {"treelora": {"guard": None, "signature": "probe_b", "penalty": "prox"}},
+    "gradient soft": {"treelora": {"guard": None, "signature": "gradient", "penalty": "soft", "search": "flat_lcb"}},
+    "gradient sign full": {"treelora": {"guard": None, "signature": "gradient", "penalty": "sign", "search": "full"}},
     "value fresh": {"treelora": {"signature": "adapter_value", "penalty": "prox", "start": "fresh"}},
     "official": {"treelora": {"preset": "official"}, "train": {"steps": None, "epochs": 0.6}},
     "query exact": {"treelora": {"preset": "paper", "search": "flat_lcb"}},
-    "query soft full": {"treelora": {"signature": "query", "penalty": "soft", "search": "full"}},
+    "query soft full": {"treelora": {"guard": None, "signature": "query", "penalty": "soft", "search": "full"}},
     "tree_node pooled": {"treelora": {"start": "tree_node", "noise": "pooled"}},
     "budget": {"treelora": {"budget_mib": ONE_TASK_MIB, "start": "tree_node"}},
     "protected": {"treelora": {"protect": 0.9}},
@@ -91,7 +91,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "guarded": {"treelora": {"guard": 1e4}},
     "guarded alone": {"treelora": {"guard": 1e4, "penalty": "none", "budget_mib": 0.018}},
     "guarded soft": {"treelora": {"guard": 1e4, "signature": "gradient", "penalty": "soft"}},
-    "budget soft": {"treelora": {"signature": "gradient", "penalty": "soft", "budget_mib": ONE_TASK_MIB}},
+    "budget soft": {
+        "treelora": {"guard": None, "signature": "gradient", "penalty": "soft", "budget_mib": ONE_TASK_MIB}
+    },
     "sequential": {"method": "sequential", "evaluation": {"forward": True}},
     "joint": {"method": "joint"},
 }

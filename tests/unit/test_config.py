@@ -230,7 +230,8 @@ def test_digest_is_of_what_determines_the_result() -> None:
 
 
 def test_the_lasting_digest_is_of_what_differs_from_the_defaults() -> None:
-    base = parse_config({"stream": {"source": "olora", "path": "/here"}, "lora": {"rank": 9}})
+    plain: dict[str, Any] = {"stream": {"source": "olora", "path": "/here"}, "lora": {"rank": 9}}
+    base = parse_config(plain | {"treelora": {"guard": None}})
     for same in (
         {"stream": {"source": "olora", "path": "/there"}},
         {"lora": {"rank": 9, "alpha": 32.0}},  # the default
@@ -244,6 +245,9 @@ def test_the_lasting_digest_is_of_what_differs_from_the_defaults() -> None:
     assert len({base.lasting_digest(), *(parse_config(base.as_dict() | o).lasting_digest() for o in others)}) == 6
     # what is kept on disk is found by it: it must not change
     assert base.lasting_digest()[:12] == "fab48f05c66a"
+    # what a preset fills in counts as if it had been given
+    guarded = parse_config(plain).lasting_digest()
+    assert guarded == parse_config(plain | {"treelora": {"guard": 1e5}}).lasting_digest() != base.lasting_digest()
 
 
 def test_flat_keys() -> None:
@@ -326,6 +330,32 @@ def test_presets_fill_in_what_is_not_given_and_survive_a_round_trip(preset: str)
     assert parse_config(yaml.safe_load(config.as_yaml())) == config
     changed = parse_config({"treelora": section | {"strength": 0.77}}).treelora
     assert changed.strength == 0.77
+
+
+@pytest.mark.parametrize(
+    ("section", "guard"),
+    [
+        ({}, 1e5),
+        ({"preset": "treelora", "inference": "routed"}, 1e5),
+        ({"start": "continue", "protect": None}, 1e5),
+        ({"guard": None}, None),
+        ({"guard": 3.0, "preset": "plus"}, 3.0),
+        # nothing goes on from task to task that a guard could hold
+        ({"start": "fresh"}, None),
+        ({"start": "tree_node"}, None),
+        ({"protect": 0.9}, None),
+        ({"signature": "adapter_value", "search": "official", "tree": "official", "penalty": "official"}, None),
+        *(({"preset": preset}, None) for preset in ("paper", "official", "plus", "protected")),
+    ],
+)
+def test_past_tasks_are_guarded_where_one_adapter_goes_on(section: dict[str, Any], guard: float | None) -> None:
+    config = parse_config({"treelora": section})
+    assert config.treelora.guard == guard
+    assert parse_config(config.as_dict()) == config
+
+
+def test_a_preset_of_the_wrong_kind_is_refused() -> None:
+    assert "treelora.preset" in refusal({"treelora": {"preset": ["plus"]}})
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_nearest_class_means(tmp_path: Path) -> None:
 VARIANTS: dict[str, dict[str, Any]] = {
     "treelora aligned": {"vision": {"align": True, "align_epochs": 2, "align_rows": 8}},
     "treelora protected": {"treelora": {"protect": 0.9}},
-    "treelora guarded": {"treelora": {"preset": "guarded"}},
+    "treelora unguarded": {"treelora": {"guard": None}},
     "augmented": {"method": "sequential", "vision": {"crop_area": 0.5, "flip": True}},
     "ncm": {"method": "ncm"},
     "replay seen": {"method": "replay", "vision": {"mask": "seen"}, "replay": {"share": 0.5}},

@@ -63,6 +63,20 @@ GOLDEN_TREELORA = [
     5.421967,
     5.418931,
 ]
+GOLDEN_GUARDED = [
+    5.621676,
+    5.579899,
+    5.520849,
+    5.502003,
+    5.51784,
+    5.491917,
+    5.508686,
+    5.491791,
+    5.498541,
+    5.491925,
+    5.490578,
+    5.494756,
+]
 
 
 def run(folder: Path, **changes: Any) -> StreamLoop:
@@ -75,9 +89,13 @@ def losses(loop: StreamLoop) -> list[float]:
     return [record.loss for record in recorded(loop).steps]
 
 
-@pytest.mark.parametrize(("method", "golden"), [("sequential", GOLDEN_SEQUENTIAL), ("treelora", GOLDEN_TREELORA)])
-def test_golden_losses(method: str, golden: list[float], tmp_path: Path) -> None:
-    assert losses(run(tmp_path, method=method, lora={"dropout": 0.0}, treelora={"strength": 0.5})) == pytest.approx(
+@pytest.mark.parametrize(
+    ("method", "guard", "golden"),
+    [("sequential", None, GOLDEN_SEQUENTIAL), ("treelora", None, GOLDEN_TREELORA), ("treelora", 1e5, GOLDEN_GUARDED)],
+)
+def test_golden_losses(method: str, guard: float | None, golden: list[float], tmp_path: Path) -> None:
+    treelora = {"strength": 0.5, "guard": guard}
+    assert losses(run(tmp_path, method=method, lora={"dropout": 0.0}, treelora=treelora)) == pytest.approx(
         golden, rel=1e-4
     )
 
@@ -279,7 +297,7 @@ def test_start_modes(start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_prox_leaves_coordinates_on_their_anchor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = build_loop(tiny_config(tmp_path, treelora={"strength": 5.0}))
+    loop = build_loop(tiny_config(tmp_path, treelora={"strength": 5.0, "guard": None}))
     hooks, counted = recorded(loop), []
     stepped = hooks.stepped
 
@@ -302,7 +320,7 @@ def test_prox_leaves_coordinates_on_their_anchor(tmp_path: Path, monkeypatch: py
 
 
 def test_without_strength_prox_is_sequential(tmp_path: Path) -> None:
-    ours = run(tmp_path, treelora={"strength": 0.0})
+    ours = run(tmp_path, treelora={"strength": 0.0, "guard": None})
     plain = run(tmp_path, method="sequential")
     for one, other in zip(ours.bank, plain.bank, strict=True):
         for name, tensor in one.items():

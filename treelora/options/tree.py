@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -12,7 +13,7 @@ MemorySearch = Literal["tree_lcb", "flat_lcb", "full", "random", "newest"]
 MemoryTree = Literal["medoid", "agglomerative", "paper"]
 Bound = Literal["smooth", "literal"]
 Noise = Literal["diameter", "pooled"]
-Preset = Literal["treelora", "paper", "official", "plus", "guarded", "protected"]
+Preset = Literal["treelora", "paper", "official", "plus", "protected"]
 Signature = Literal["probe_b", "gradient", "query", "adapter_value"]
 Penalty = Literal["prox", "none", "soft", "exact", "sign", "official"]
 Search = MemorySearch | Literal["official"]
@@ -21,7 +22,7 @@ Start = Literal["continue", "fresh", "tree_node"]
 Inference = Literal["last", "merged", "routed"]
 
 PRESETS: dict[Preset, dict[str, Any]] = {
-    "treelora": {},
+    "treelora": {"guard": 1e5},
     "paper": {
         "signature": "query",
         "tree": "paper",
@@ -38,7 +39,6 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "strength": 0.5,
     },
     "plus": {"inference": "routed"},
-    "guarded": {"guard": 1e5},
     "protected": {"protect": 0.99},
 }
 """What differs from the defaults; `docs/methods.md` says why."""
@@ -74,7 +74,7 @@ class TreeLoRAOptions(Options):
         None,
         gt=0,
         description="What it costs to change what layers give for inputs that past tasks' losses depend on; null: "
-        "nothing.",
+        "nothing. With preset `treelora` 100,000, where one adapter goes on from task to task.",
     )
     protect: float | None = Field(
         None,
@@ -99,9 +99,13 @@ class TreeLoRAOptions(Options):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("preset") in PRESETS:
-            return PRESETS[given["preset"]] | given
-        return given
+        if not isinstance(given, dict):
+            return given
+        preset = given.get("preset", "treelora")
+        filled = {**(PRESETS[preset] if preset in get_args(Preset) else {}), **given}
+        if "guard" not in given and not _goes_on(filled):
+            filled.pop("guard", None)
+        return filled
 
     @model_validator(mode="after")
     def _axes_fit(self) -> TreeLoRAOptions:
@@ -148,3 +152,9 @@ class TreeLoRAOptions(Options):
                 )
         if self.guard is not None:
             raise ValueError(f"guard {self.guard:g} holds one adapter, protect has slices: set one of them to null")
+
+
+def _goes_on(section: Mapping[str, Any]) -> bool:
+    """Whether all tasks are learnt in one adapter, each from what the last one left: there is something to guard."""
+    start, protect, search = (section.get(key) for key in ("start", "protect", "search"))
+    return start in (None, "continue") and protect is None and search != "official"
