@@ -155,7 +155,7 @@ class Arms(Recorded):
 
 STREAMS: dict[str, tuple[int, dict[str, Any]]] = {
     "prox": (2, {"search": "flat_lcb", "exploration": 0.0}),
-    "query soft": (3, {"signature": "query", "penalty": "soft", "search": "full"}),
+    "query soft": (3, {"guard": None, "signature": "query", "penalty": "soft", "search": "full"}),
     "exact": (1, {"preset": "paper", "exploration": 0.0, "strength": 0.1}),
     "official": (2, {"preset": "official"}),
 }
