@@ -233,10 +233,19 @@ def load_config(path: str | Path, overrides: Annotated[list[str], "key=value"] |
     Raises:
         ConfigError: names the file, each wrong key, its value and what would be right.
     """
+    return parse_config(read_config(path, overrides), origin=str(path))
+
+
+def read_config(path: str | Path, overrides: Annotated[list[str], "key=value"] | None = None) -> dict[str, Any]:
+    """What a file and overrides say, before anything is filled in or validated.
+
+    Raises:
+        ConfigError: the file can't be read as a mapping, or an override isn't `key=value`.
+    """
     plain = read_mapping(Path(path), "a configuration", "`jobs/configs/` has recipes to start from")
     for override in overrides or []:
         set_value(plain, override)
-    return parse_config(plain, origin=str(path))
+    return plain
 
 
 def parse_config(plain: dict[str, Any], origin: str = "configuration") -> ExperimentConfig:

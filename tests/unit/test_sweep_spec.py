@@ -172,6 +172,17 @@ def test_values_survive_the_way_through_tune() -> None:
     assert decode(found, sampled) == expected
 
 
+def test_a_trial_gets_what_its_preset_fills_in() -> None:
+    base = template(spec(overrides={"treelora.sketch_size": 32}))
+    default, paper, fresh = (
+        trial_config(base, values).treelora
+        for values in ({"lora.rank": 2}, {"treelora.preset": "paper"}, {"treelora.start": "fresh"})
+    )
+    assert (default.penalty, default.guard, default.sketch_size) == ("prox", 1e5, 32)
+    assert (paper.signature, paper.penalty, paper.guard, paper.sketch_size) == ("query", "exact", None, 32)
+    assert (fresh.penalty, fresh.guard) == ("prox", None)
+
+
 def test_a_trial_is_named_by_what_it_computes(tmp_path: Path) -> None:
     base = template(spec(overrides={"train.steps": 3}))
     one = trial_config(base, {"lora.rank": 2})

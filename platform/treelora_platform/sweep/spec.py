@@ -13,7 +13,7 @@ from pydantic import Field, JsonValue, model_validator
 from treelora.errors import ConfigError
 from treelora.options import Options
 from treelora.options.tree import Inference
-from treelora_platform.config import ExperimentConfig, load_config, parse_config, set_value
+from treelora_platform.config import ExperimentConfig, parse_config, read_config, set_value
 from treelora_platform.recipes import recipe_path
 from treelora_platform.settings_file import parse_value, read_mapping, validated
 
@@ -161,13 +161,17 @@ def parse_sweep(plain: dict[str, Any], origin: str = "sweep") -> SweepSpec:
 def template(spec: SweepSpec) -> dict[str, Any]:
     """What all trials share, as plain values: the recipe and the sweep's overrides. Trials on other nodes get this.
 
+    Only what these say themselves: what a preset fills in depends on the trial.
+
     Raises:
         ConfigError: the recipe can't be read, or is no valid configuration with these overrides.
     """
     path = recipe_path(spec.recipe)
     if not path.exists():
         raise ConfigError(f"recipe: {spec.recipe!r} is neither a file nor the name of a recipe")
-    return load_config(path, _texts(spec.overrides)).as_dict()
+    plain = read_config(path, _texts(spec.overrides))
+    parse_config(plain, str(path))
+    return plain
 
 
 def trial_config(base: dict[str, Any], values: dict[str, Any], output_dir: str | None = None) -> ExperimentConfig:
