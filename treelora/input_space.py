@@ -52,12 +52,12 @@ class InputMoments:
             self._places.append(slice(start, start + omega_dK.numel() + 1))
             start += omega_dK.numel() + 1
         self.sums = torch.zeros(start, device=device)
-        """Of this worker: a layer's sketch, then its trace, then the next layer's."""
+        """Of all workers: a layer's sketch, then its trace, then the next layer's."""
         self._new = torch.zeros_like(self.sums)
         self._last = (self.sums[:0], self.sums[:0], self.sums[:0])
 
     def add(self, layer: int, x_Td: Tensor, weights_T: Tensor) -> None:
-        """Take in a layer's tokens, each as often as its weight says; they count from `keep` on."""
+        """Take in this worker's tokens of a layer, each as often as its weight says; they count from `keep` on."""
         x_Td, omega_dK = x_Td.float(), self._omegas[layer]
         if x_Td.data_ptr() != self._last[0].data_ptr() or x_Td.shape != self._last[0].shape:
             # the input is kept too, so that its address means itself
@@ -68,9 +68,12 @@ class InputMoments:
         new[:-1].view(omega_dK.shape).addmm_(x_Td.T, products_TK * weights_T[:, None])
         new[-1] += (squares_T * weights_T).sum()
 
-    def keep(self) -> None:
-        """What was taken in since the last `keep` or `drop` counts."""
-        self.sums += self._new
+    def keep(self, engine: Engine) -> None:
+        """What all workers took in since the last `keep` or `drop` counts. Collective.
+
+        At each step and not in the end, so that sums are rounded alike wherever a run was interrupted.
+        """
+        self.sums += engine.all_reduce(self._new)
         self.drop()
 
     def drop(self) -> None:
@@ -84,14 +87,13 @@ class InputMoments:
         other.sums, other._new = torch.zeros_like(self.sums), torch.zeros_like(self.sums)
         return other
 
-    def mean_trace(self, engine: Engine) -> float:
-        """The mean of the layers' traces, of all workers' tokens. Collective."""
-        traces_L = torch.stack([self.sums[place][-1] for place in self._places])
-        return float(engine.all_reduce(traces_L).mean())
+    def mean_trace(self) -> float:
+        """The mean of the layers' traces."""
+        return float(torch.stack([self.sums[place][-1] for place in self._places]).mean())
 
     def spectra(self, engine: Engine) -> dict[str, Spectrum]:
-        """Of all workers' tokens, for this worker's share of the layers. Collective."""
-        sums = engine.all_reduce(self.sums.clone()).cpu()
+        """Of this worker's share of the layers."""
+        sums = self.sums.cpu()
         layers = list(zip(self.layers, self._places, self._omegas, strict=True))
         return {
             layer: (

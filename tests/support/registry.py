@@ -22,7 +22,7 @@ def routed_run(folder: Path) -> tuple[Path, StreamLoop]:
     """A run that is meant for routed inference, and whose tracking server has an address that is nobody else's."""
     config = tiny_config(
         folder,
-        treelora={"inference": "routed"},
+        treelora={"preset": "plus"},
         lora={"alpha": 64, "dropout": 0.0},
         train={"steps": 12, "learning_rate": 0.07},
         seed=4,  # of some that were tried, the one after which the ways to choose an adapter differ most

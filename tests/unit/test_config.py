@@ -332,28 +332,6 @@ def test_presets_fill_in_what_is_not_given_and_survive_a_round_trip(preset: str)
     assert changed.strength == 0.77
 
 
-@pytest.mark.parametrize(
-    ("section", "guard"),
-    [
-        ({}, 1e5),
-        ({"preset": "treelora", "inference": "routed"}, 1e5),
-        ({"start": "continue", "protect": None}, 1e5),
-        ({"guard": None}, None),
-        ({"guard": 3.0, "preset": "plus"}, 3.0),
-        # nothing goes on from task to task that a guard could hold
-        ({"start": "fresh"}, None),
-        ({"start": "tree_node"}, None),
-        ({"protect": 0.9}, None),
-        ({"signature": "adapter_value", "search": "official", "tree": "official", "penalty": "official"}, None),
-        *(({"preset": preset}, None) for preset in ("paper", "official", "plus", "protected")),
-    ],
-)
-def test_past_tasks_are_guarded_where_one_adapter_goes_on(section: dict[str, Any], guard: float | None) -> None:
-    config = parse_config({"treelora": section})
-    assert config.treelora.guard == guard
-    assert parse_config(config.as_dict()) == config
-
-
 def test_a_preset_of_the_wrong_kind_is_refused() -> None:
     assert "treelora.preset" in refusal({"treelora": {"preset": ["plus"]}})
 

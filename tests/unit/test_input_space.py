@@ -60,7 +60,7 @@ def test_moments_are_sums_over_tokens() -> None:
         if seed == 1:
             moments.drop()
         else:
-            moments.keep()
+            moments.keep(engine())
     for name, (vectors, values, trace) in moments.spectra(engine()).items():
         whole = expected[name].double()
         torch.testing.assert_close(vectors * values @ vectors.T, whole, rtol=1e-4, atol=1e-5)
@@ -84,10 +84,25 @@ def test_workers_and_steps_add_up() -> None:
     for part, rows in ((one, slice(0, 15)), (other, slice(15, 40))):
         part.add(0, x[rows], weights[rows])
     for moments in (whole, one, other):
-        moments.keep()
+        moments.keep(engine())
     torch.testing.assert_close(one.sums + other.sums, whole.sums)
     assert not torch.equal(InputMoments({"a": D}, 4, 8, cpu)._omegas[0], whole._omegas[0])
     assert torch.equal(InputMoments({"a": D}, 4, 7, cpu)._omegas[0], whole._omegas[0])
+
+
+def test_workers_are_added_up_at_each_step() -> None:
+    """To the last bit, so that a run that is resumed between two of them ends the same."""
+    cpu, steps = torch.device("cpu"), range(3)
+    mine, others = (InputMoments({"a": D}, size=4, seed=7, device=cpu) for _ in range(2))
+    expected = torch.zeros_like(mine.sums)
+    for step in steps:
+        mine.add(0, *tokens(step))
+        others.add(0, *tokens(100 + step))
+        expected += mine._new + others._new
+        mine.keep(SimpleNamespace(all_reduce=lambda new: new + others._new))  # type: ignore[arg-type]
+        others.drop()
+    assert torch.equal(mine.sums, expected)
+    assert mine.mean_trace() == float(expected[-1]) > 0
 
 
 def test_layers_of_one_input_share_a_product() -> None:
@@ -98,13 +113,13 @@ def test_layers_of_one_input_share_a_product() -> None:
     for layer, (inputs, weight) in enumerate([(x, weights), (x, 1 - weights), (other, weights)]):
         moments.add(layer, inputs, weight)
     x.mul_(2)  # as a buffer that the next step writes to
-    moments.keep()
+    moments.keep(engine())
     moments.add(0, x, weights)
-    moments.keep()
+    moments.keep(engine())
     alone = InputMoments({"q": D, "v": D, "o": D}, size=4, seed=0, device=torch.device("cpu"))
     for layer, (inputs, weight) in enumerate([(x / 2, weights), (x / 2, 1 - weights), (other, weights), (x, weights)]):
         alone.add(layer % 3, inputs.clone(), weight)
-        alone.keep()
+        alone.keep(engine())
     torch.testing.assert_close(moments.sums, alone.sums)
 
 
@@ -116,7 +131,7 @@ def test_few_columns_are_exact_where_few_directions_are_read(seed: int, directio
     x = torch.randn(50, directions, generator=generator) @ torch.randn(directions, width, generator=generator)
     moments = InputMoments({"a": width}, columns, seed, torch.device("cpu"))
     moments.add(0, x, torch.ones(50))
-    moments.keep()
+    moments.keep(engine())
     vectors, values, trace = moments.spectra(engine())["a"]
     whole = spectrum_of(x.double().T @ x.double())
     torch.testing.assert_close(values[:directions], whole[1][:directions], rtol=1e-3, atol=1e-3 * trace)

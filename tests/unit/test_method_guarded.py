@@ -216,3 +216,25 @@ def test_what_doesn_t_go_with_it_is_refused(tmp_path: Path) -> None:
         parse_config({"treelora": {"preset": "official", "guard": 100.0}})
     with pytest.raises(ConfigError, match=r"treelora\.guard"):
         config(tmp_path, {"guard": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("section", "guard"),
+    [
+        ({}, 1e5),
+        ({"preset": "treelora", "inference": "routed"}, 1e5),
+        ({"start": "continue", "protect": None}, 1e5),
+        ({"guard": None}, None),
+        ({"guard": 3.0, "preset": "plus"}, 3.0),
+        # nothing goes on from task to task that a guard could hold
+        ({"start": "fresh"}, None),
+        ({"start": "tree_node"}, None),
+        ({"protect": 0.9}, None),
+        ({"signature": "adapter_value", "search": "official", "tree": "official", "penalty": "official"}, None),
+        *(({"preset": preset}, None) for preset in ("paper", "official", "plus", "protected")),
+    ],
+)
+def test_past_tasks_are_guarded_where_one_adapter_goes_on(section: dict[str, Any], guard: float | None) -> None:
+    config = parse_config({"treelora": section})
+    assert config.treelora.guard == guard
+    assert parse_config(config.as_dict()) == config

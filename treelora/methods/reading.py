@@ -45,10 +45,10 @@ class Reading:
         self.measured = step * MEASURED // self.steps > (step - 1) * MEASURED // self.steps
 
     def after_step(self) -> None:
-        """The step counts."""
+        """The step counts. Collective."""
         self.first = None
         if self.measured:
-            self.moments.keep()
+            self.moments.keep(self.engine)
 
     def step_skipped(self) -> None:
         """It doesn't."""
@@ -72,13 +72,12 @@ class Reading:
         return {layer: found[layer] for layer in self.moments.layers}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was seen so far, on all workers. Collective."""
-        return {"read": self.engine.all_reduce(self.moments.sums.clone()).cpu()}
+        """What was seen so far, on all workers."""
+        return {"read": self.moments.sums.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go back to `state_dict`."""
-        if self.engine.rank == 0:  # the sum over ranks
-            self.moments.sums.copy_(state["read"])
+        self.moments.sums.copy_(state["read"])
 
     def _saw(self, layer: int, seen: Seen) -> None:
         if self.first:

@@ -89,7 +89,7 @@ class GuardedTreeLoRA(ReadsInputs, TreeLoRA):
         super().end_task(engine)
         seen = self.seen
         seen.close()
-        unit = seen.moments.mean_trace(engine)
+        unit = seen.moments.mean_trace()
         self.halves = seen.shared(lambda layer, spectrum: take_in(self.halves.get(layer), spectrum, unit))
         self._held, self._found, self.reading = [], {}, None
 

@@ -155,7 +155,7 @@ class ProtectedTreeLoRA(ReadsInputs, Remembering, Accumulating):
         self.watch(task, engine)
 
     def _design(self, seen: Reading, first: FirstStep) -> None:
-        first.inputs.keep()
+        first.inputs.keep(self.engine)
         rows = seen.shared(lambda layer, inputs: design(inputs, self.spaces.space(layer), self.rank), first.inputs)
         rows = {layer: a_rd.to(self.engine.device) for layer, a_rd in rows.items()}
         self.write(self.engine, {f"{layer}.lora_A.weight": a_rd for layer, a_rd in rows.items()}, self.slices.own)
