@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,14 @@ import pytest
 TRACKING = "MLFLOW_TRACKING_URI"
 RAY = ("benchmarks_actor", "chaos", "faults", "nodes", "rerun", "run", "storage_s3", "submit", "sweep", "tree_actor")
 """Modules of `tests/orchestration` that start Ray; two at once would wait for each other."""
+MEMORY = Path("/dev/shm")
+ROOM = 4 * 2**30
+"""Seven times what the tests have on the disk at once, in bytes."""
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores work side by side
+if MEMORY.is_dir() and os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free >= ROOM:
+    # a new MLflow store waits for the disk a thousand times, a commit some forty times
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -197,7 +197,7 @@ def on_deepspeed(rank: int, world: int, folder: str) -> dict[str, Any]:
     from treelora_platform.engine import DeepSpeedEngine
 
     results: dict[str, Any] = {}
-    for variant in (*STREAMS, *PEERS):
+    for variant in (*STREAMS, *(PEERS if world > 1 else ())):
         results[variant] = whole_stream(
             folder,
             world,
@@ -274,6 +274,7 @@ def test_ranks_agree_on_every_arm_and_with_one_process(
         assert all(torch.equal(tensor, one["final"][name]) for name, tensor in stream["final"].items())
 
 
+@pytest.mark.parametrize("ranks", [2], ids=["2 workers"], indirect=True)  # one worker has all weights
 @pytest.mark.parametrize("variant", PEERS)
 def test_peers_compute_the_same_with_sharded_weights(ranks: list[dict[str, Any]], tmp_path: Path, variant: str) -> None:
     alone = whole_stream(str(tmp_path), 1, variant, lambda module, spec, config: TorchEngine(module, spec))

@@ -35,8 +35,23 @@ def config_here(folder: Path, **changes: Any) -> ExperimentConfig:
 
 
 @pytest.fixture(scope="module")
-def whole_here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_experiment(config_here(tmp_path_factory.mktemp("here")), QUIET).run_dir
+def by_itself(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run in a process of its own: its folder, and what it said at last."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "config.yaml").write_text(config_here(folder).as_yaml())
+    code = (
+        "import sys; from rich.console import Console; from treelora_platform.config import load_config; "
+        "from treelora_platform.run import run_experiment; "
+        f"run_experiment(load_config({str(folder / 'config.yaml')!r}), Console()); "
+        "print('loaded:', sorted({'ray', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    return folder / "tiny", done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def whole_here(by_itself: tuple[Path, str]) -> Path:
+    return by_itself[0]
 
 
 def test_the_numbers_are_those_of_the_bare_loop(whole_here: Path, tmp_path: Path) -> None:
@@ -57,16 +72,8 @@ def test_everything_is_left_behind(whole_here: Path) -> None:
     assert "</html>" in (whole_here / "report.html").read_text()
 
 
-def test_no_ray_and_no_deepspeed(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(config_here(tmp_path).as_yaml())
-    code = (
-        "import sys; from rich.console import Console; from treelora_platform.config import load_config; "
-        "from treelora_platform.run import run_experiment; "
-        f"run_experiment(load_config({str(tmp_path / 'config.yaml')!r}), Console()); "
-        "print('loaded:', sorted({'ray', 'deepspeed'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
-    assert "loaded: []" in done.stdout
+def test_no_ray_and_no_deepspeed(by_itself: tuple[Path, str]) -> None:
+    assert by_itself[1] == "loaded: []"
 
 
 @pytest.fixture
@@ -96,7 +103,7 @@ def test_an_interrupt_while_mlflow_is_slow_closes_the_run(tmp_path: Path, monkey
     assert run_experiment(config_here(tmp_path), QUIET).mlflow_run_id == run.info.run_id
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_it_goes_on_where_it_was_ended(whole_here: Path, tmp_path: Path, how: signal.Signals) -> None:
     config = config_here(tmp_path)
     (tmp_path / "config.yaml").write_text(config.as_yaml())

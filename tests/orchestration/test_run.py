@@ -183,7 +183,12 @@ def test_a_finished_run_learns_one_more_task(whole: Path, expected: Result, cons
 
 def test_a_failure_that_would_come_again_is_not_retried(console: Console, tmp_path: Path) -> None:
     hopeless = config_in(
-        tmp_path, method="sequential", train={"steps": STEPS, "learning_rate": 1e30, "max_bad_steps": 2}
+        tmp_path,
+        method="sequential",
+        train={"steps": STEPS, "learning_rate": 1e30, "max_bad_steps": 2},
+        engine={"kind": "torch"},
+        cluster={"workers": 1},
+        checkpoint={"every_steps": None},
     )
     with pytest.raises(RunFailedError, match=r"task 'time-colours', step \d: loss .* for 2 steps in a row"):
         run_experiment(hopeless, console)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from treelora.adapters import AdapterState
+from treelora.data.task import Task
 from treelora.engine import TorchEngine
 from treelora.evaluation.matrix import Score
 from treelora.local_memory import LocalMemory
@@ -99,10 +100,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_loop(config: ExperimentConfig, hooks: Any = None, make_engine: MakeEngine | None = None) -> StreamLoop:
-    """A loop at the start of the stream."""
+def build_loop(
+    config: ExperimentConfig,
+    hooks: Any = None,
+    make_engine: MakeEngine | None = None,
+    tasks: Sequence[Task] | None = None,
+) -> StreamLoop:
+    """A loop at the start of the stream, which is prepared here unless it is given."""
     torch.set_num_threads(1)
-    tasks = list(prepare_stream(config).stream)
+    tasks = list(tasks or prepare_stream(config).stream)
     cache, engine = Path(config.output_dir) / "tokens", make_engine or TorchEngine
     return assemble(config, tasks, cache, hooks or Recorded(), engine, LocalMemory)
 
@@ -123,7 +129,7 @@ def build_run(config: ExperimentConfig, run_dir: Path) -> tuple[StreamLoop, Reco
     tasks = list(prepare_stream(config).stream)
     recorder = Recorder(run_dir, tasks)
     hooks = PlatformHooks(run_dir, config.checkpoint.keep, recorder, None)
-    loop = build_loop(config, hooks)
+    loop = build_loop(config, hooks, tasks=tasks)
     hooks.take_up(loop)
     return loop, recorder
 
