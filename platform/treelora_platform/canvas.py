@@ -106,6 +106,7 @@ def render(figure: Figure, extension: str) -> bytes:
             figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         else:
             figure.savefig(out, format=extension, dpi=150, facecolor="white")
+    figure.set_layout_engine("none")  # places are settled, and to settle them is most of the work of drawing
     return out.getvalue()
 
 

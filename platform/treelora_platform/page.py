@@ -140,9 +140,7 @@ def inline_svg(figure: Figure, name: str, label: str = "") -> Markup:
 
 def chart(figure: Figure, name: str, caption: str) -> Chart:
     """The figure in the page, and as a file that stands alone."""
-    inline = inline_svg(figure, name, caption)
-    figure.set_layout_engine("none")  # places are settled, and to settle them is most of the work of drawing
-    return Chart(name, inline, caption, svg_download(figure, name))
+    return Chart(name, inline_svg(figure, name, caption), caption, svg_download(figure, name))
 
 
 def svg_download(figure: Figure, name: str) -> Download:
