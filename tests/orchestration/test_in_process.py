@@ -16,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
+from tests.architecture.test_imports import run_python
 from tests.support.streams import TASKS, execute, tiny_config
 from tests.support.whole_runs import STEPS, Result, adapters, events, points, wait_for
 from treelora.errors import ConfigError
@@ -45,8 +46,7 @@ def by_itself(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         f"run_experiment(load_config({str(folder / 'config.yaml')!r}), Console()); "
         "print('loaded:', sorted({'ray', 'deepspeed'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
-    return folder / "tiny", done.stdout.splitlines()[-1]
+    return folder / "tiny", run_python(code).splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
