@@ -100,9 +100,8 @@ def main() -> None:
     for start in range(args.starts):
         print(f"start {start + 1} of {args.starts}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            common = [*args.settings, f"output_dir={folder}", "evaluation.modes=[last]"]
-            common += ["stream.test_rows=8", "checkpoint.every_steps=null"]
-            configs = {name: shortened(config, args.steps) for name, config in sides(args.recipe, common)}
+            common = [*args.settings, "evaluation.modes=[last]", "stream.test_rows=8", "checkpoint.every_steps=null"]
+            configs = {name: shortened(config, args.steps) for name, config in sides(args.recipe, common, Path(folder))}
             found.append(measure(configs, Path(folder), args.turn, args.steps))
     report(found)
 
@@ -141,7 +140,7 @@ def measured(steps: Steps, turns: list[tuple[float, float]]) -> Measured:
     return Measured(dict(zip(numbers[kept].tolist(), seconds[kept].tolist(), strict=True)), tokens, steps)
 
 
-def sides(recipe: str, common: list[str]) -> Iterator[tuple[str, ExperimentConfig]]:
+def sides(recipe: str, common: list[str], folder: Path) -> Iterator[tuple[str, ExperimentConfig]]:
     """Each side's name and configuration; who is compared comes one after the other."""
     one, two = ["cluster.workers=1", "cluster.cpus_per_worker=2"], ["cluster.workers=2", "cluster.cpus_per_worker=1"]
     wanted = {
@@ -155,7 +154,9 @@ def sides(recipe: str, common: list[str]) -> Iterator[tuple[str, ExperimentConfi
     }
     for name, settings in wanted.items():
         slug = name.replace(" ", "-").replace(",", "")
-        yield name, load_config(f"jobs/configs/{recipe}.yaml", [*common, *settings, f"name={slug}"])
+        # a store of its own: one that is frozen as it writes would keep the others from theirs
+        own = [f"name={slug}", f"output_dir={folder / slug}"]
+        yield name, load_config(f"jobs/configs/{recipe}.yaml", [*common, *settings, *own])
 
 
 def start(name: str, config: ExperimentConfig, folder: Path) -> Learner:

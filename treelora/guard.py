@@ -50,6 +50,8 @@ def guard_bytes(width: int) -> int:
 class HeldOutputs:
     """s B* A* H of all layers of one shape, and the way back to it after a step.
 
+    It has rank r and is kept as its factors B* and A* H, so that only A meets H itself, once there and once back.
+
     Shapes: L layers.
     """
 
@@ -61,8 +63,8 @@ class HeldOutputs:
         self.half_Ldp = torch.stack(padded)
         self.squares_Lp = self.half_Ldp.square().sum(1)
         """Of H's columns, which are orthogonal."""
-        a_Lrd, b_LOr = self.stacked(found)
-        self.products_LOp = b_LOr @ (a_Lrd @ self.half_Ldp)
+        a_Lrd, self.b_LOr = self.stacked(found)
+        self.entered_Lrp = a_Lrd @ self.half_Ldp
 
     def stacked(self, pairs: Mapping[str, Pair]) -> Pair:
         """A [L, r, d] and B [L, O, r] of the layers."""
@@ -80,19 +82,24 @@ class HeldOutputs:
         unit = self.scale**2 / b_LOr.shape[1]
         k = weight * unit
         entered_Lrp = a_Lrd @ self.half_Ldp
-        # B (I + k P P^T) = B' + k T P^T with P = A H and T the products that are held
+        # B (I + k P P^T) = B' + k B* P* P^T with P = A H and P* = A* H
         left_Lrr = torch.eye(a_Lrd.shape[1]).to(a_Lrd) + k * entered_Lrp @ entered_Lrp.mT
         inverse_Lrr = torch.linalg.inv_ex(left_Lrr).inverse  # of r x r; to solve for O right sides takes longer
-        b_LOr = torch.baddbmm(b_LOr, self.products_LOp, entered_Lrp.mT, alpha=k) @ inverse_Lrr
+        b_LOr = torch.baddbmm(b_LOr, self.b_LOr, self.entered_Lrp @ entered_Lrp.mT, alpha=k) @ inverse_Lrr
         # A = A' + Z H^T; in the eigenvectors of B^T B each number of Z stands alone, because H's columns are orthogonal
-        squared_Lrr, held_Lrp = b_LOr.mT @ b_LOr, b_LOr.mT @ self.products_LOp
+        squared_Lrr = b_LOr.mT @ b_LOr
         values_Lr, q_Lrr = torch.linalg.eigh(squared_Lrr)
+        held_Lrp = (b_LOr.mT @ self.b_LOr) @ self.entered_Lrp
         pull_Lrp = k * q_Lrr.mT @ (held_Lrp - squared_Lrr @ entered_Lrp)
         z_Lrp = q_Lrr @ (pull_Lrp / (1 + k * values_Lr.clamp_min(0)[:, :, None] * self.squares_Lp[:, None]))
         entered_Lrp = entered_Lrp + z_Lrp * self.squares_Lp[:, None]
-        moved_LOp = torch.baddbmm(self.products_LOp, b_LOr, entered_Lrp, beta=-1)
-        cost = unit * torch.linalg.vector_norm(moved_LOp) ** 2
-        return torch.baddbmm(a_Lrd, z_Lrp, self.half_Ldp.mT), b_LOr, cost
+        return torch.baddbmm(a_Lrd, z_Lrp, self.half_Ldp.mT), b_LOr, unit * self._moved(b_LOr, entered_Lrp)
+
+    def _moved(self, b_LOr: Tensor, entered_Lrp: Tensor) -> Tensor:
+        """The squared norm of B P - B* P*, by the differences of the factors: those of the products would cancel."""
+        left = torch.cat([b_LOr - self.b_LOr, self.b_LOr], dim=2)
+        right = torch.cat([entered_Lrp, entered_Lrp - self.entered_Lrp], dim=1)
+        return ((left.mT @ left) * (right @ right.mT)).sum().clamp_min(0)
 
 
 def factors(tensors: Mapping[str, Tensor]) -> dict[str, Pair]:

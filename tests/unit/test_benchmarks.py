@@ -86,12 +86,12 @@ def test_full_passes_give_the_same_scores() -> None:
 
 
 def test_sides_have_as_many_threads_and_the_same_batches(tmp_path: Path) -> None:
-    configs = dict(sides("demo", [f"output_dir={tmp_path}"]))
+    configs = dict(sides("demo", [], tmp_path))
     assert (configs["treelora"].method, configs["treelora"].cluster.workers) == ("treelora", 1)
     threads = {config.cluster.workers * config.cluster.cpus_per_worker for config in configs.values()}
     assert threads == {2.0}
     assert len({(config.train.global_batch, config.seed) for config in configs.values()}) == 1
-    assert len({config.name for config in configs.values()}) == len(configs)
+    assert len({config.output_dir for config in configs.values()}) == len(configs)
 
 
 def test_the_first_task_is_short(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_the_first_task_is_short(tmp_path: Path) -> None:
     assert steps_of(whole, 0, 160)["max_steps"] == 24
 
 
-def test_ratios_of_all_starts_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ratios_of_all_starts_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     numbers, tokens = np.arange(1, 8), np.full(7, 100)
 
     def side(seconds: float) -> Measured:
@@ -109,9 +109,8 @@ def test_ratios_of_all_starts_are_told(capsys: pytest.CaptureFixture[str]) -> No
         return measured(steps, [(0, 100)])
 
     slow = {"treelora", "treelora, two workers", "bare, by hand"}
-    starts = [
-        {name: side(factor if name in slow else 1.0) for name in dict(sides("demo", []))} for factor in (1.1, 1.3, 1.2)
-    ]
+    names = list(dict(sides("demo", [], tmp_path)))
+    starts = [{name: side(factor if name in slow else 1.0) for name in names} for factor in (1.1, 1.3, 1.2)]
     report(starts)
     rows = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.count("│") > 5}
     assert "1.10, 1.30, 1.20" in rows["a step of treelora / of sequential (s)"]

@@ -52,3 +52,13 @@ def unflatten(flat: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Inverse of `flatten`, as views."""
     parts = flat.split([shape.numel() for shape in shapes.values()])
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def leaf_vector(engine: Engine) -> Tensor:
+    """A copy of what is trained of the adapter, `flatten`ed. Collective."""
+    return flatten(engine.adapter_leaves())
+
+
+def write_leaf_vector(engine: Engine, leaves_D: Tensor) -> None:
+    """Set it. Collective."""
+    engine.write_leaves(unflatten(leaves_D, {name: leaf.shape for name, leaf in engine.adapter_leaves().items()}))

@@ -21,9 +21,9 @@ from treelora.adapters import AdapterState, fresh_tensor, layer_names, layer_of,
 from treelora.engine import Engine
 from treelora.memory_records import Groups, Past
 from treelora.methods.base import StepMetrics, TaskContext
-from treelora.methods.extra_gradient import flatten
+from treelora.methods.extra_gradient import flatten, leaf_vector, write_leaf_vector
 from treelora.methods.remembering import Memory, Remembering
-from treelora.methods.treelora_pull import Losses, Scalars, arm_adapter, pull_adapter, pull_gradients
+from treelora.methods.treelora_pull import Losses, Scalars, arm_adapter, pull_gradients, pulled
 from treelora.methods.treelora_signature import SignatureSource, pack_past, unpack_past
 from treelora.objective import answer_loss
 from treelora.options.tree import TreeLoRAOptions
@@ -83,6 +83,8 @@ class TreeLoRA(Remembering):
     def after_backward(self, engine: Engine) -> None:
         """See `Method`."""
         gradients = self.source.after_backward(engine) if self.source.reads_gradients else {}
+        if self.corrects:
+            self._before_D = leaf_vector(engine)
         if not self.past.groups or not self.source.seen_finite:
             return  # where they aren't finite the engine won't step, and `step_skipped` follows
         asked: dict[str, Tensor] = {}
@@ -90,8 +92,6 @@ class TreeLoRA(Remembering):
             asked = self._query()
         elif not self.source.known_before_step:
             self._observe(self._residuals(self.source.of_step(self._step)))
-        if self.options.penalty == "prox":
-            self._before_D = flatten(engine.adapter_tensors())
         if self.options.penalty in ("soft", "sign", "exact"):
             anchors = asked or self._past_gradients(gradients)
             anchors = {name: anchors[name] for name in gradients if ".lora_B." in name}
@@ -100,17 +100,27 @@ class TreeLoRA(Remembering):
 
     def after_step(self, engine: Engine, lr: float) -> None:
         """See `Method`."""
-        if not self.past.groups:
-            self._last = StepMetrics()
-            return
-        if self.options.penalty == "prox":
-            anchor_D = flatten(arm_adapter(self._anchors, self._arm_of))
-            self._scalars = pull_adapter(engine, self._before_D, anchor_D, lr, self.options.strength)
-        if np.isfinite(self.lcb_L).all():  # the first pulls of an arm have no bound yet
-            self._scalars["lcb_mean"] = float(self.lcb_L.mean())
+        if self.corrects:
+            corrected_D, self._scalars = self.corrected(leaf_vector(engine), lr)
+            write_leaf_vector(engine, corrected_D)
+        arms: tuple[int, ...] | None = None
+        if self.past.groups:
+            arms = tuple(self.past.groups[arm][0] for arm in self.arms_L)
+            if np.isfinite(self.lcb_L).all():  # the first pulls of an arm have no bound yet
+                self._scalars["lcb_mean"] = float(self.lcb_L.mean())
         if self._observation is not None:
             self._scalars["observation_mean"] = float(self._observation.mean())
-        self._last = StepMetrics(self._scalars, tuple(self.past.groups[arm][0] for arm in self.arms_L))
+        self._last = StepMetrics(self._scalars, arms)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the adapter is changed once more after the optimizer's step."""
+        return bool(self.past.groups) and self.options.penalty == "prox"
+
+    def corrected(self, stepped_D: Tensor, lr: float) -> tuple[Tensor, Scalars]:
+        """The adapter that has just stepped, `flatten`ed, as it shall be; and what is recorded of that."""
+        anchor_D = flatten(arm_adapter(self._anchors, self._arm_of))
+        return pulled(stepped_D, self._before_D, anchor_D, lr, self.options.strength)
 
     def step_skipped(self) -> None:
         """See `Method`."""

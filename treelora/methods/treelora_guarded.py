@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from treelora.adapters import ADAPTER, AdapterState
 from treelora.engine import Engine
 from treelora.guard import HeldOutputs, factors, take_in
 from treelora.methods.base import TaskContext
-from treelora.methods.extra_gradient import flatten
+from treelora.methods.extra_gradient import flatten, unflatten
 from treelora.methods.reading import ReadsInputs
 from treelora.methods.remembering import Memory
 from treelora.methods.treelora import TreeLoRA
@@ -64,20 +63,35 @@ class GuardedTreeLoRA(ReadsInputs, TreeLoRA):
         super().before_step(step)
         self.seen.before_step(step)
 
-    def after_backward(self, engine: Engine) -> None:
-        """See `Method`."""
-        super().after_backward(engine)
-        if self._held and self.options.penalty != "prox":  # which takes it too
-            self._before_D = flatten(engine.adapter_leaves())
-
     def after_step(self, engine: Engine, lr: float) -> None:
         """See `Method`."""
         super().after_step(engine, lr)
         self.seen.after_step()
-        if self._held:
-            pulled, guarded = self._last.scalars, self._guard(engine, lr)
-            both = {key: pulled.get(key, 0.0) + value for key, value in guarded.items()}
-            self._last = replace(self._last, scalars={**pulled, **both})
+
+    @property
+    def corrects(self) -> bool:
+        """See `TreeLoRA`."""
+        return bool(self._held) or super().corrects
+
+    def corrected(self, stepped_D: Tensor, lr: float) -> tuple[Tensor, Scalars]:
+        """See `TreeLoRA`: pulled, then brought back towards what is held as far as the price asks."""
+        pulled_D, scalars = super().corrected(stepped_D, lr) if super().corrects else (stepped_D, self._scalars)
+        leaves = unflatten(pulled_D, {name: leaf.shape for name, leaf in self.engine.adapter_leaves().items()})
+        pairs = factors(leaves)
+        guarded: AdapterState = {}
+        costs = []
+        for held in self._held:
+            a_Lrd, b_LOr, cost = held.near(*held.stacked(pairs), lr * self.strength)
+            costs.append(cost)
+            for layer, a_rd, b_Or in zip(held.layers, a_Lrd, b_LOr, strict=True):
+                guarded |= {f"{layer}.lora_A.weight": a_rd, f"{layer}.lora_B.weight": b_Or}
+        guarded_D = flatten({name: guarded[name] for name in leaves})
+        by_guard, by_step = (guarded_D - pulled_D).abs().sum(), (stepped_D - self._before_D).abs().sum()
+        both = {
+            "penalty_ratio": by_guard / by_step.clamp_min(1e-30),
+            "penalty_loss": self.strength / 2 * torch.stack(costs).sum(),
+        }
+        return guarded_D, scalars | {key: scalars.get(key, 0.0) + value for key, value in both.items()}
 
     def step_skipped(self) -> None:
         """See `Method`."""
@@ -118,24 +132,6 @@ class GuardedTreeLoRA(ReadsInputs, TreeLoRA):
             for (scale, *_), names in alike.items()
         ]
         self._found = {name: tensor.cpu() for name, tensor in found.items()}
-
-    def _guard(self, engine: Engine, lr: float) -> Scalars:
-        """Bring the adapter that has just stepped back towards what is held."""
-        leaves = {name: leaf.detach() for name, leaf in engine.adapter_leaves().items()}
-        pairs, stepped_D = factors(leaves), flatten(leaves)
-        guarded: AdapterState = {}
-        costs = []
-        for held in self._held:
-            a_Lrd, b_LOr, cost = held.near(*held.stacked(pairs), lr * self.strength)
-            costs.append(cost)
-            for layer, a_rd, b_Or in zip(held.layers, a_Lrd, b_LOr, strict=True):
-                guarded |= {f"{layer}.lora_A.weight": a_rd, f"{layer}.lora_B.weight": b_Or}
-        engine.write_leaves(guarded)
-        by_guard, by_step = flatten({name: guarded[name] for name in leaves}) - stepped_D, stepped_D - self._before_D
-        return {
-            "penalty_ratio": by_guard.abs().sum() / by_step.abs().sum().clamp_min(1e-30),
-            "penalty_loss": self.strength / 2 * torch.stack(costs).sum(),
-        }
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from treelora.adapters import AdapterState
 from treelora.engine import Engine
-from treelora.methods.extra_gradient import adapter_gradient, flatten, unflatten
+from treelora.methods.extra_gradient import (
+    adapter_gradient,
+    flatten,
+    leaf_vector,
+    unflatten,
+    write_leaf_vector,
+)
 from treelora.penalty import prox, sign_gradient, soft_gradient
 
 Losses = Sequence[Callable[[], Tensor]]
@@ -22,27 +28,31 @@ PROBE = 1e-3
 
 
 def pull_adapter(engine: Engine, before_D: Tensor, anchor_D: Tensor, lr: float, strength: float) -> Scalars:
-    """`prox`: after the optimizer's step, bring the adapter near the arms' adapters. Collective.
+    """`pulled` of the adapter that has just stepped, or of its open slice, and written to it. Collective."""
+    pulled_D, scalars = pulled(leaf_vector(engine), before_D, anchor_D, lr, strength)
+    write_leaf_vector(engine, pulled_D)
+    return scalars
+
+
+def pulled(stepped_D: Tensor, before_D: Tensor, anchor_D: Tensor, lr: float, strength: float) -> tuple[Tensor, Scalars]:
+    """`prox`: an adapter after the optimizer's step, brought near the arms' adapters.
 
     All tensors as one vector of D numbers: hundreds of small ones would cost more than the arithmetic.
 
     Args:
-        engine: Its adapter, or the open slice of it, has just stepped.
-        before_D: Its leaves before the step, as `flatten` gives them.
+        stepped_D: Its leaves, as `flatten` gives them.
+        before_D: They before the step.
         anchor_D: The adapter whose tensors are those of each layer's arm.
         lr: Learning rate of the step; the threshold is lr x strength.
         strength: Lambda.
 
     Returns:
-        sparsity (share of coordinates that equal the arm's), penalty_ratio (change by the pull over change by the
-        loss, L1) and penalty_loss (lambda times the L1 distance left).
+        The leaves; and sparsity (share of coordinates that equal the arm's), penalty_ratio (change by the pull over
+        change by the loss, L1) and penalty_loss (lambda times the L1 distance left).
     """
-    leaves = engine.adapter_leaves()
-    stepped_D = flatten(leaves)
     pulled_D, kept = prox(stepped_D, anchor_D, lr * strength)
-    engine.write_leaves(unflatten(pulled_D, {name: leaf.shape for name, leaf in leaves.items()}))
     by_penalty, by_loss = (pulled_D - stepped_D).abs().sum(), (stepped_D - before_D).abs().sum()
-    return {
+    return pulled_D, {
         "sparsity": kept / len(pulled_D),
         "penalty_ratio": by_penalty / by_loss.clamp_min(1e-30),
         "penalty_loss": strength * (pulled_D - anchor_D).abs().sum(),
