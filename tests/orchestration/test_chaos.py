@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from tests.support.waiting import wait_for
 from tests.support.whole_runs import config_in, events
 from treelora_platform.chaos.harness import Plan, run_chaos
 from treelora_platform.chaos.processes import title
@@ -97,11 +97,9 @@ def test_an_interrupted_command_leaves_nothing_running(tmp_path: Path, short: Pa
         start_new_session=True,
     )
     try:
-        end = time.monotonic() + 300
-        while not events(tmp_path / "chaos" / "reference" / "tiny", "stage"):
-            assert chaos.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.1)
+        reference = tmp_path / "chaos" / "reference" / "tiny"
+        wait_for(lambda: events(reference, "stage") or chaos.poll() is not None, 300, "the reference's stage")
+        assert chaos.poll() is None
         family = psutil.Process(chaos.pid).children(recursive=True)
         chaos.send_signal(signal.SIGINT)
         _, said = chaos.communicate(timeout=120)

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from tests.support.whole_runs import STEPS, Result, config_in, events, points, ray_processes, striking, wait_for
+from tests.support.waiting import wait_for
+from tests.support.whole_runs import STEPS, Result, config_in, events, points, ray_processes, striking
 from treelora.errors import ConfigError
 from treelora_platform import placement
 from treelora_platform.chaos.processes import CONTROLLER

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from tests.architecture.test_imports import run_python
 from tests.support.streams import TASKS, execute, tiny_config
-from tests.support.whole_runs import STEPS, Result, adapters, events, points, wait_for
+from tests.support.waiting import wait_for
+from tests.support.whole_runs import STEPS, Result, adapters, events, points
 from treelora.errors import ConfigError
 from treelora_platform import tracking
 from treelora_platform.config import ExperimentConfig

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from tests.support.ray_cluster import RAY, RayCluster, RayNode, ray_cluster
-from tests.support.whole_runs import STEPS, TRAIN_WORKER, Result, command, config_in, events, points, wait_for
+from tests.support.waiting import wait_for
+from tests.support.whole_runs import STEPS, TRAIN_WORKER, Result, command, config_in, events, points
 from treelora_platform.run_tables import read_run_json
 
 pytestmark = pytest.mark.slow

@@ -1,7 +1,6 @@
 """The report of an experiment in a real browser: made-up runs in a real MLflow store, Chromium without a window."""
 
 import csv
-import time
 from xml.etree import ElementTree
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from tests.support.browser import browser
 from tests.support.experiment_runs import FolderHistory, methods_experiment
 from tests.support.mlflow_runs import add_run
+from tests.support.waiting import wait_for
 from treelora_platform.experiments.analysis import compare_groups
 from treelora_platform.experiments.groups import select
 from treelora_platform.experiments.report import write_experiment_report
@@ -77,9 +77,7 @@ def test_downloads_arrive(opened):
     assert len(links) == len(set(links)) == CHARTS + TABLES
     for name in ("standings-0.svg", "runs.csv"):
         opened.run("document.querySelector(`a[download='${arguments[0]}']`).click()", name)
-        deadline = time.monotonic() + 60
-        while not (folder / name).exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for((folder / name).exists, 60, name)
     assert ElementTree.parse(folder / "standings-0.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
     with (folder / "runs.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

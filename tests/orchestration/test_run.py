@@ -23,6 +23,7 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from tests.support.streams import TASKS, commits
+from tests.support.waiting import wait_for
 from tests.support.whole_runs import (
     STEPS,
     TRAIN_WORKER,
@@ -33,7 +34,6 @@ from tests.support.whole_runs import (
     events,
     points,
     striking,
-    wait_for,
 )
 from treelora.errors import ConfigError
 from treelora_platform.extend import extend_run

@@ -23,7 +23,8 @@ from rich.console import Console
 
 from tests.support.ray_cluster import ray_cluster
 from tests.support.s3 import CREDENTIALS, S3, s3_server
-from tests.support.whole_runs import STEPS, Result, config_in, events, points, wait_for
+from tests.support.waiting import wait_for
+from tests.support.whole_runs import STEPS, Result, config_in, events, points
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.run import run_experiment
 from treelora_platform.run_tables import read_run_json

@@ -5,11 +5,9 @@ Everything is done by commands, as its users do it; what they left is then looke
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from mlflow import MlflowClient
 
 from tests.support.ray_cluster import RayCluster, two_nodes
 from tests.support.streams import TASKS, tiny_config
+from tests.support.waiting import wait_for
+from tests.support.whole_runs import events
 from treelora_platform.run_tables import read_run_json, read_scores, read_steps
 from treelora_platform.tracking import resolve_tracking_uri
 
@@ -82,7 +82,7 @@ def stopped(site: Site) -> subprocess.CompletedProcess[str]:
     begun = site.submit("--no-wait")
     assert begun.returncode == 0, begun.stdout + begun.stderr
     assert "jobs logs tiny-1 --follow" in begun.stdout
-    until(lambda: len(events(site.runs / "tiny", "commit")) > 1, "a commit")
+    wait_for(lambda: len(events(site.runs / "tiny", "commit")) > 1, WAIT_S, "a commit")
     return site.run("jobs", "stop", "tiny")
 
 
@@ -90,19 +90,6 @@ def stopped(site: Site) -> subprocess.CompletedProcess[str]:
 def submitted(site: Site, stopped: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
     """The same submission once more, followed to its end."""
     return site.submit()
-
-
-def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    path = run_dir / "events.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [event for event in map(json.loads, lines) if event["kind"] == kind]
-
-
-def until(condition: Callable[[], Any], what: str) -> None:
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.05)
 
 
 def test_a_stopped_job_closes_its_run(site: Site, stopped: subprocess.CompletedProcess[str]) -> None:

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import yaml
 from mlflow import MlflowClient
 
 from tests.support.streams import tiny_config
+from tests.support.waiting import wait_for
 from treelora_platform.run_tables import read_run_json, read_steps
 from treelora_platform.sweep.journal import Entry, Journal
 
@@ -66,11 +66,8 @@ class Sweep:
         return [entry.status for entry in self.journal().values()]
 
     def until(self, condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> None:
-        end = time.monotonic() + WAIT_S
-        while not condition():
-            assert process.poll() is None, self.log.read_text()
-            assert time.monotonic() < end, self.log.read_text()
-            time.sleep(0.05)
+        wait_for(lambda: condition() or process.poll() is not None, WAIT_S, self.log.read_text)
+        assert process.poll() is None, self.log.read_text()
 
     def training(self) -> Path | None:
         """The run of a trial that has begun to train, and hasn't ended."""

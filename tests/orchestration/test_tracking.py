@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.run_dir import LAYERS, START_MS, SyntheticRun, finished_run
+from tests.support.waiting import wait_for
 from treelora.errors import DataError
 from treelora_platform.run_points import Point
 from treelora_platform.spool import BATCH
@@ -48,11 +49,8 @@ class Server:
         ]
         with open(self.folder / "server.log", "ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=self.folder)
-        end = time.monotonic() + within_s
-        while not self.healthy():
-            assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
-            assert time.monotonic() < end, "the server did not start"
-            time.sleep(0.2)
+        wait_for(lambda: self.healthy() or self.process.poll() is not None, within_s, "the server")
+        assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
 
     def healthy(self):
         try:
@@ -93,13 +91,6 @@ def history(uri, run_id, key):
 
 def expected_losses(last):
     return [(g, START_MS + 1000 * g, 4 / g) for g in range(1, last + 1)]
-
-
-def wait_for(condition, within_s=90):
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def test_default_store_lies_beside_the_runs(tmp_path):
@@ -262,7 +253,7 @@ def test_a_killed_server_neither_stops_training_nor_loses_a_point(tmp_path, serv
     uploader = Uploader(run.path, server.uri, run_id)
     run.write_steps(1, 3)
     uploader.notify()
-    wait_for(lambda: len(history(server.uri, run_id, "loss")) == 3)
+    wait_for(lambda: len(history(server.uri, run_id, "loss")) == 3, 90, "three losses")
 
     server.kill()
     longest = 0.0
@@ -271,7 +262,7 @@ def test_a_killed_server_neither_stops_training_nor_loses_a_point(tmp_path, serv
         began = time.perf_counter()
         uploader.notify()
         longest = max(longest, time.perf_counter() - began)
-    wait_for(lambda: uploader.last_error is not None)
+    wait_for(lambda: uploader.last_error is not None, 90, "an error")
     assert longest < 1
 
     server.start()
@@ -364,7 +355,7 @@ def test_a_damaged_part_is_reported_and_the_rest_waits(tmp_path, database):
     part.write_bytes(b"PAR1 half a file")
     uploader = Uploader(run.path, database, run_id)
     uploader.notify()
-    wait_for(lambda: uploader.last_error is not None)
+    wait_for(lambda: uploader.last_error is not None, 90, "an error")
     assert part.name in uploader.last_error
     run.write_steps(4, 6)
     assert uploader.close(60)

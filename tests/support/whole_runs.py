@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import psutil
 from mlflow import MlflowClient
 
 from tests.support.streams import commits, digests, tiny_config
+from tests.support.waiting import wait_for
 from treelora_platform.config import ExperimentConfig
 from treelora_platform.run_tables import read_run_json, read_scores, read_steps
 from treelora_platform.tracking import resolve_tracking_uri
@@ -38,14 +38,6 @@ def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     path = run_dir / "events.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [event for event in map(json.loads, lines) if event["kind"] == kind]
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        time.sleep(0.02)
-    return found
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.waiting import wait_for
 from treelora.errors import ConfigError
 from treelora_platform.chaos.inject import Scene, strike
 from treelora_platform.chaos.processes import (
@@ -69,21 +69,13 @@ def family() -> Iterator[Family]:
     found.end()
 
 
-def wait_for(condition: Callable[[], Any]) -> Any:
-    end = time.monotonic() + 60
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    return found
-
-
 def test_a_family_survives_its_driver_and_is_ended(start: Start, family: Family) -> None:
     stranger = start(SLEEP)
     driver = start(DRIVER, stdout=subprocess.PIPE, start_new_session=True)
     family.adopt(driver.pid)
     assert driver.stdout
     assert driver.stdout.readline() == b"ready\n"
-    members = wait_for(lambda: found if len(found := family.look()) == 4 else None)
+    members = wait_for(lambda: found if len(found := family.look()) == 4 else None, 60, "four processes")
     driver.kill()
     driver.wait()
     left = family.look()
@@ -98,7 +90,7 @@ def test_a_family_survives_its_driver_and_is_ended(start: Start, family: Family)
 def test_a_process_is_known_by_its_mark(start: Start, family: Family) -> None:
     theirs = start(SLEEP, env=os.environ | {MARK: "another"})
     ours = start(SLEEP, env=os.environ | {MARK: family.mark}, start_new_session=True)
-    wait_for(lambda: [process.pid for process in family.look()] == [ours.pid])
+    wait_for(lambda: [process.pid for process in family.look()] == [ours.pid], 60, "the end of all but one")
     family.end()
     assert ours.wait() == -signal.SIGKILL
     assert theirs.poll() is None
@@ -107,7 +99,7 @@ def test_a_process_is_known_by_its_mark(start: Start, family: Family) -> None:
 def test_a_zombie_is_not_alive(start: Start, family: Family) -> None:
     driver = start("pass", start_new_session=True)
     family.adopt(driver.pid)
-    wait_for(lambda: psutil.Process(driver.pid).status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: psutil.Process(driver.pid).status() == psutil.STATUS_ZOMBIE, 60, "a zombie")
     assert not is_alive(psutil.Process(driver.pid))
     assert family.gone_within(5.0) == []
 
@@ -125,7 +117,7 @@ def scene(start: Start, tmp_path: Path) -> tuple[Scene, dict[str, subprocess.Pop
     for process in found.values():
         family.adopt(process.pid)
     found["foreign"] = start(SLEEP, "ray::RayTrainWorker", **options)
-    wait_for(lambda: (tmp_path / "events.jsonl").exists())
+    wait_for(lambda: (tmp_path / "events.jsonl").exists(), 60, "the file")
     return Scene(tmp_path, family, LocalSite(), driver=psutil.Process(found["driver"].pid)), found
 
 
@@ -158,7 +150,7 @@ def test_each_kind_hits_its_own(start: Start, tmp_path: Path, fault: Fault, vict
 def test_a_stalled_worker_stands_still(start: Start, tmp_path: Path) -> None:
     stage, found = scene(start, tmp_path)
     assert strike(Fault("stall", "step", choice=0.0), stage) == (found["rank 0"].pid,)
-    wait_for(lambda: psutil.Process(found["rank 0"].pid).status() == psutil.STATUS_STOPPED)
+    wait_for(lambda: psutil.Process(found["rank 0"].pid).status() == psutil.STATUS_STOPPED, 60, "a stopped worker")
     stage.family.end()
     assert found["rank 0"].wait(60) == -signal.SIGKILL
 

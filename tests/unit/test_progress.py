@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.support.waiting import wait_for
 from treelora_platform.progress import Eta, Watcher, clock
 from treelora_platform.recorder import Recorder
 
@@ -65,10 +66,7 @@ def follow(path: Path) -> tuple[Watcher, io.StringIO]:
 
 
 def settled(watcher: Watcher, done: int) -> None:
-    end = time.monotonic() + 20
-    while not (watcher._eta and watcher._eta.done_steps == done):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_for(lambda: watcher._eta and watcher._eta.done_steps == done, 20, f"{done} steps shown")
 
 
 def test_a_file_that_grows_in_pieces(tmp_path: Path) -> None:

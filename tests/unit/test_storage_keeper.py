@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.storage import FailingStore, commit, fetch, folder_store, push, read_files, write_files
+from tests.support.waiting import wait_for
 from treelora.errors import CheckpointError
 from treelora_platform.storage import keeper as keeper_file
 from treelora_platform.storage.folder import LocalState, StoredFolder
@@ -54,10 +54,7 @@ class Run:
 
 
 def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_for(condition, 30, "what the keeper does by itself")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.storage import FailingStore, folder_store
+from tests.support.waiting import wait_for
 from treelora_platform.storage import lease as lease_file
 from treelora_platform.storage.lease import LEASE, Lease, LeaseError
 from treelora_platform.storage.objects import StorageError
@@ -125,10 +126,7 @@ def test_an_outage_that_nobody_used_costs_nothing(machines: list[Machine]) -> No
     time.sleep(3 * RENEW)
     machine.store.answer(None)
     before = written(machine)
-    end = time.monotonic() + 10
-    while written(machine) == before and time.monotonic() < end:
-        time.sleep(RENEW)
-    assert written(machine) != before
+    wait_for(lambda: written(machine) != before, 10, "a renewal")
     assert not machine.lost.is_set()
 
 

@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import psutil
 import pytest
 import yaml
 
 from tests.support.study_runs import STUDY, lane_run
+from tests.support.waiting import wait_for
 from treelora.errors import ConfigError
 from treelora_platform.studies.finished import finished, log_of
 from treelora_platform.studies.run import missing, run_jobs
@@ -82,7 +82,7 @@ def test_what_is_under_way_stops_with_the_study(tmp_path, how):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell starts background jobs
     )
     try:
-        wait_until(lambda: len(list((tmp_path / "runs").glob("begun-*"))) == 2)
+        wait_for(lambda: len(list((tmp_path / "runs").glob("begun-*"))) == 2, 120, "two lanes")
         lanes = psutil.Process(study.pid).children(recursive=True)
     finally:
         study.send_signal(how)
@@ -91,10 +91,3 @@ def test_what_is_under_way_stops_with_the_study(tmp_path, how):
     assert alive == []
     assert len(list((tmp_path / "runs").glob("stopped-*"))) == 2
     assert len(list((tmp_path / "runs").glob("begun-*"))) == 2  # none was begun after it
-
-
-def wait_until(condition):
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
