@@ -76,6 +76,8 @@ class GuardedTreeLoRA(ReadsInputs, TreeLoRA):
     def corrected(self, stepped_D: Tensor, lr: float) -> tuple[Tensor, Scalars]:
         """See `TreeLoRA`: pulled, then brought back towards what is held as far as the price asks."""
         pulled_D, scalars = super().corrected(stepped_D, lr) if super().corrects else (stepped_D, self._scalars)
+        if not self._held:
+            return pulled_D, scalars
         leaves = unflatten(pulled_D, {name: leaf.shape for name, leaf in self.engine.adapter_leaves().items()})
         pairs = factors(leaves)
         guarded: AdapterState = {}
