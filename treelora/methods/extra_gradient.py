@@ -59,6 +59,11 @@ def leaf_vector(engine: Engine) -> Tensor:
     return flatten(engine.adapter_leaves())
 
 
-def write_leaf_vector(engine: Engine, leaves_D: Tensor) -> None:
-    """Set it. Collective."""
-    engine.write_leaves(unflatten(leaves_D, {name: leaf.shape for name, leaf in engine.adapter_leaves().items()}))
+def leaves_of(engine: Engine, vector_D: Tensor) -> dict[str, Tensor]:
+    """What is trained of the adapter, by name, as views of such a vector. Collective."""
+    return unflatten(vector_D, {name: leaf.shape for name, leaf in engine.adapter_leaves().items()})
+
+
+def write_leaf_vector(engine: Engine, vector_D: Tensor) -> None:
+    """Set what is trained of the adapter. Collective."""
+    engine.write_leaves(leaves_of(engine, vector_D))

@@ -29,7 +29,7 @@ from treelora.adapters import AdapterState
 from treelora.engine import Engine
 from treelora.methods.base import Method, StepMetrics, TaskContext
 from treelora.methods.episodic import PURPOSE_BASIS, choose, row_gradients
-from treelora.methods.extra_gradient import flatten, unflatten
+from treelora.methods.extra_gradient import flatten, leaf_vector, unflatten, write_leaf_vector
 from treelora.options.peers import OGDOptions
 
 
@@ -76,15 +76,13 @@ class OGD(Method):
         engine.set_adapter_gradients(unflatten(gradient_D - forbidden_D, shapes))
         self._last = StepMetrics({"penalty_ratio": forbidden_D.norm() / gradient_D.norm().clamp_min(1e-30)})
         if self.options.project_step:
-            self._before_D = flatten(engine.adapter_tensors())
+            self._before_D = leaf_vector(engine)
 
     def after_step(self, engine: Engine, lr: float) -> None:
         """See `Method`."""
         if self.options.project_step and len(self.basis_KD):
-            tensors = engine.adapter_tensors()
-            now_D = flatten(tensors)
-            allowed_D = now_D - self.within(now_D - self._before_D)
-            engine.write_adapter(unflatten(allowed_D, {name: tensor.shape for name, tensor in tensors.items()}))
+            now_D = leaf_vector(engine)
+            write_leaf_vector(engine, now_D - self.within(now_D - self._before_D))
 
     def within(self, vector_D: Tensor) -> Tensor:
         """The part of a vector that lies in the span of the basis."""
@@ -98,7 +96,7 @@ class OGD(Method):
         """See `Method`."""
         options, index = self.options, self.task.index
         chosen = choose(self.task.sizes[index], options.rows_per_task, self.seed, index, PURPOSE_BASIS)
-        numbers = flatten(engine.adapter_tensors()).numel()
+        numbers = len(leaf_vector(engine))
         gradients_RD = torch.zeros(len(chosen), numbers, device=engine.device)
         for place, gradient_D, weight in row_gradients(engine, self.task, [(index, row) for row in chosen]):
             gradients_RD[place] += weight * gradient_D

@@ -21,9 +21,9 @@ from treelora.adapters import AdapterState, fresh_tensor, layer_names, layer_of,
 from treelora.engine import Engine
 from treelora.memory_records import Groups, Past
 from treelora.methods.base import StepMetrics, TaskContext
-from treelora.methods.extra_gradient import flatten, leaf_vector, write_leaf_vector
+from treelora.methods.extra_gradient import flatten, leaf_vector
 from treelora.methods.remembering import Memory, Remembering
-from treelora.methods.treelora_pull import Losses, Scalars, arm_adapter, pull_gradients, pulled
+from treelora.methods.treelora_pull import Losses, Scalars, arm_adapter, correct, pull_gradients, pulled
 from treelora.methods.treelora_signature import SignatureSource, pack_past, unpack_past
 from treelora.objective import answer_loss
 from treelora.options.tree import TreeLoRAOptions
@@ -101,8 +101,8 @@ class TreeLoRA(Remembering):
     def after_step(self, engine: Engine, lr: float) -> None:
         """See `Method`."""
         if self.corrects:
-            corrected_D, self._scalars = self.corrected(leaf_vector(engine), lr)
-            write_leaf_vector(engine, corrected_D)
+            told = correct(engine, self._before_D, partial(self.corrected, lr=lr))
+            self._scalars |= {key: self._scalars.get(key, 0.0) + value for key, value in told.items()}
         arms: tuple[int, ...] | None = None
         if self.past.groups:
             arms = tuple(self.past.groups[arm][0] for arm in self.arms_L)
@@ -120,7 +120,7 @@ class TreeLoRA(Remembering):
     def corrected(self, stepped_D: Tensor, lr: float) -> tuple[Tensor, Scalars]:
         """The adapter that has just stepped, `flatten`ed, as it shall be; and what is recorded of that."""
         anchor_D = flatten(arm_adapter(self._anchors, self._arm_of))
-        return pulled(stepped_D, self._before_D, anchor_D, lr, self.options.strength)
+        return pulled(stepped_D, anchor_D, lr, self.options.strength)
 
     def step_skipped(self) -> None:
         """See `Method`."""

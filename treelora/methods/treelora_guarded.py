@@ -21,7 +21,7 @@ from treelora.adapters import ADAPTER, AdapterState
 from treelora.engine import Engine
 from treelora.guard import HeldOutputs, factors, take_in
 from treelora.methods.base import TaskContext
-from treelora.methods.extra_gradient import flatten, unflatten
+from treelora.methods.extra_gradient import flatten, leaves_of
 from treelora.methods.reading import ReadsInputs
 from treelora.methods.remembering import Memory
 from treelora.methods.treelora import TreeLoRA
@@ -75,10 +75,10 @@ class GuardedTreeLoRA(ReadsInputs, TreeLoRA):
 
     def corrected(self, stepped_D: Tensor, lr: float) -> tuple[Tensor, Scalars]:
         """See `TreeLoRA`: pulled, then brought back towards what is held as far as the price asks."""
-        pulled_D, scalars = super().corrected(stepped_D, lr) if super().corrects else (stepped_D, self._scalars)
+        pulled_D, scalars = super().corrected(stepped_D, lr) if super().corrects else (stepped_D, {})
         if not self._held:
             return pulled_D, scalars
-        leaves = unflatten(pulled_D, {name: leaf.shape for name, leaf in self.engine.adapter_leaves().items()})
+        leaves = leaves_of(self.engine, pulled_D)
         pairs = factors(leaves)
         guarded: AdapterState = {}
         costs = []
@@ -87,13 +87,9 @@ class GuardedTreeLoRA(ReadsInputs, TreeLoRA):
             costs.append(cost)
             for layer, a_rd, b_Or in zip(held.layers, a_Lrd, b_LOr, strict=True):
                 guarded |= {f"{layer}.lora_A.weight": a_rd, f"{layer}.lora_B.weight": b_Or}
+        price = self.strength / 2 * torch.stack(costs).sum()
         guarded_D = flatten({name: guarded[name] for name in leaves})
-        by_guard, by_step = (guarded_D - pulled_D).abs().sum(), (stepped_D - self._before_D).abs().sum()
-        both = {
-            "penalty_ratio": by_guard / by_step.clamp_min(1e-30),
-            "penalty_loss": self.strength / 2 * torch.stack(costs).sum(),
-        }
-        return guarded_D, scalars | {key: scalars.get(key, 0.0) + value for key, value in both.items()}
+        return guarded_D, scalars | {"penalty_loss": scalars.get("penalty_loss", 0.0) + price}
 
     def step_skipped(self) -> None:
         """See `Method`."""

@@ -16,6 +16,7 @@ are kept for inference and for people.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,12 +25,12 @@ from treelora.adapters import AdapterState, condensed
 from treelora.engine import Engine, read_adapter
 from treelora.input_space import design
 from treelora.methods.base import StepMetrics, TaskContext
-from treelora.methods.extra_gradient import flatten, unflatten
+from treelora.methods.extra_gradient import flatten, leaf_vector, unflatten
 from treelora.methods.first_step import FirstStep
 from treelora.methods.reading import Reading, ReadsInputs
 from treelora.methods.remembering import Memory, Remembering
 from treelora.methods.slices import Accumulating, cut
-from treelora.methods.treelora_pull import pull_adapter
+from treelora.methods.treelora_pull import correct, pulled
 from treelora.methods.treelora_signature import SignatureSource
 from treelora.options.tree import TreeLoRAOptions
 from treelora.protected_spaces import ProtectedSpaces
@@ -99,7 +100,7 @@ class ProtectedTreeLoRA(ReadsInputs, Remembering, Accumulating):
         if self.seen.first:
             self._design(self.seen, self.seen.first)
         if self.options.penalty == "prox":
-            self._before_D = flatten(engine.adapter_leaves())
+            self._before_D = leaf_vector(engine)
 
     def after_step(self, engine: Engine, lr: float) -> None:
         """See `Method`."""
@@ -107,7 +108,8 @@ class ProtectedTreeLoRA(ReadsInputs, Remembering, Accumulating):
         self._designed = True
         if self.options.penalty == "prox":
             start_D = torch.zeros_like(self._before_D)  # of B alone
-            self._last = StepMetrics(pull_adapter(engine, self._before_D, start_D, lr, self.options.strength))
+            pull = partial(pulled, anchor_D=start_D, lr=lr, strength=self.options.strength)
+            self._last = StepMetrics(correct(engine, self._before_D, pull))
 
     def step_skipped(self) -> None:
         """See `Method`."""

@@ -27,36 +27,42 @@ PROBE = 1e-3
 """How far each coordinate of B is moved for a finite difference."""
 
 
-def pull_adapter(engine: Engine, before_D: Tensor, anchor_D: Tensor, lr: float, strength: float) -> Scalars:
-    """`pulled` of the adapter that has just stepped, or of its open slice, and written to it. Collective."""
-    pulled_D, scalars = pulled(leaf_vector(engine), before_D, anchor_D, lr, strength)
-    write_leaf_vector(engine, pulled_D)
-    return scalars
-
-
-def pulled(stepped_D: Tensor, before_D: Tensor, anchor_D: Tensor, lr: float, strength: float) -> tuple[Tensor, Scalars]:
-    """`prox`: an adapter after the optimizer's step, brought near the arms' adapters.
+def correct(engine: Engine, before_D: Tensor, correction: Callable[[Tensor], tuple[Tensor, Scalars]]) -> Scalars:
+    """Change the adapter that has just stepped, or its open slice. Collective.
 
     All tensors as one vector of D numbers: hundreds of small ones would cost more than the arithmetic.
 
     Args:
-        stepped_D: Its leaves, as `flatten` gives them.
-        before_D: They before the step.
+        engine: Has stepped.
+        before_D: Its leaves before that, as `leaf_vector` gives them.
+        correction: From its leaves now what they shall be, and scalars.
+
+    Returns:
+        These scalars, and penalty_ratio (the correction over the optimizer's step, L1).
+    """
+    stepped_D = leaf_vector(engine)
+    corrected_D, scalars = correction(stepped_D)
+    write_leaf_vector(engine, corrected_D)
+    by_penalty, by_loss = (corrected_D - stepped_D).abs().sum(), (stepped_D - before_D).abs().sum()
+    return scalars | {"penalty_ratio": by_penalty / by_loss.clamp_min(1e-30)}
+
+
+def pulled(stepped_D: Tensor, anchor_D: Tensor, lr: float, strength: float) -> tuple[Tensor, Scalars]:
+    """`prox`: an adapter after the optimizer's step, brought near the arms' adapters.
+
+    Args:
+        stepped_D: Its leaves, as `leaf_vector` gives them.
         anchor_D: The adapter whose tensors are those of each layer's arm.
         lr: Learning rate of the step; the threshold is lr x strength.
         strength: Lambda.
 
     Returns:
-        The leaves; and sparsity (share of coordinates that equal the arm's), penalty_ratio (change by the pull over
-        change by the loss, L1) and penalty_loss (lambda times the L1 distance left).
+        The leaves; and sparsity (share of coordinates that equal the arm's) and penalty_loss (lambda times the L1
+        distance left).
     """
     pulled_D, kept = prox(stepped_D, anchor_D, lr * strength)
-    by_penalty, by_loss = (pulled_D - stepped_D).abs().sum(), (stepped_D - before_D).abs().sum()
-    return pulled_D, {
-        "sparsity": kept / len(pulled_D),
-        "penalty_ratio": by_penalty / by_loss.clamp_min(1e-30),
-        "penalty_loss": strength * (pulled_D - anchor_D).abs().sum(),
-    }
+    left = strength * (pulled_D - anchor_D).abs().sum()
+    return pulled_D, {"sparsity": kept / len(pulled_D), "penalty_loss": left}
 
 
 def pull_gradients(
